@@ -1,0 +1,236 @@
+r"""The rotation ensemble that carries Task 1 into Task 2, and two ways of drawing from it.
+
+Task 2 stores $R\xi_\mu$ with $R = e^{\varepsilon A}$, $A^\top = -A$, entries above the diagonal iid $N(0, \sigma^2)$, Eq. (6).
+By the rotation identity $E(x; RX) = E(R^\top x; X)$, Eq. (17), the state is rotated instead of the memories.
+
+`DenseLaw` draws A and exponentiates it: O(d³) a draw, the reference. `PlanarLaw` uses that A is invariant under orthogonal
+conjugation: for fixed x, $R^\top x = \cos\theta\,x + \sin\theta\,|x|\,v$ with v uniform on the unit sphere of $x^\perp$,
+independent of θ. Lanczos from x turns A into an antisymmetric tridiagonal matrix with independent entries
+$b_i = \sigma\chi_{d-i}$ (Dumitriu and Forrester, 2002), whose exponential acts on $e_1$; its leading block suffices. The energy
+sees $R^\top x$ through m inner products only, so a draw costs the same for every d, and the law is exact.
+
+The scale σ is an argument: `unit_entries` (σ = 1), `unit_displacement` (σ = 1/√(d−1)), `half_difference` (Ω = (W − Wᵀ)/2,
+σ² = ½). What decides whether a rotation is small is its typical displacement, `displacement` = ε√(d−1)σ.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Key
+
+from hopjax.energy import _check_state, _matmul
+
+
+def unit_entries(dim: int) -> float:
+    """σ = 1: the theory's scale, Lemma B.5."""
+    return 1.0
+
+
+def unit_displacement(dim: int) -> float:
+    """σ = 1/√(d−1): a unit vector moves by ε on average, whatever the dimension."""
+    if dim < 2:
+        raise ValueError(f"dim={dim}: rotations need at least 2 dimensions")
+    return 1 / math.sqrt(dim - 1)
+
+
+def half_difference(dim: int) -> float:
+    """σ = √½: the scale of Ω = (W − Wᵀ)/2 with iid standard normal W."""
+    return math.sqrt(0.5)
+
+
+def displacement(dim: int, epsilon: float, sigma: float) -> float:
+    """Root mean square of |εAx|/|x| = ε√(d−1)σ: the rotation is small if this is well below 1."""
+    return epsilon * math.sqrt(dim - 1) * sigma
+
+
+def antisymmetric(
+    key: Key[Array, ""], dim: int, sigma: Float[ArrayLike, ""] = 1.0, *, dtype: jnp.dtype | type = float
+) -> Float[Array, "d d"]:
+    """A random A with Aᵀ = −A and iid N(0, σ²) above the diagonal, Eq. (6)."""
+    upper = jnp.triu(jax.random.normal(key, (dim, dim), dtype), 1)
+    return (upper - upper.T) * jnp.asarray(sigma).astype(upper.dtype)
+
+
+def rotation(generator: Float[Array, "d d"], epsilon: Float[ArrayLike, ""]) -> Float[Array, "d d"]:
+    """R = exp(εA), a rotation for antisymmetric A, Eq. (6)."""
+    return jax.scipy.linalg.expm(generator * jnp.asarray(epsilon).astype(generator.dtype))
+
+
+class Planar(NamedTuple):
+    """Rᵀx = cosθ·x + sinθ·|x|·v for one draw.
+
+    Attributes:
+        versine: 1 − cosθ, to full relative accuracy.
+        sine: sinθ ≥ 0.
+        speed: |Ax|/|x| for the same A; θ = ε·speed + O(ε³).
+    """
+
+    versine: Float[Array, "*n"]
+    sine: Float[Array, "*n"]
+    speed: Float[Array, "*n"]
+
+
+def _generator_bound(dim: int, epsilon: float, sigma: float) -> float:
+    """ε‖A‖ is below this but for a probability of e^{−18} (Gaussian concentration of the norm about 2σ√d)."""
+    return abs(epsilon) * sigma * (2 * math.sqrt(dim) + 6)
+
+
+def lanczos_size(dim: int, epsilon: float, sigma: float, dtype: jnp.dtype | type = float) -> int:
+    """Order m ≤ d of the tridiagonal block whose truncation error (ε‖A‖)^{2m}/(2m)! is below rounding of the versine."""
+    angle, size = _generator_bound(dim, epsilon, sigma), 2
+    # The versine is of order angle²/2; the block reproduces that order for every m ≥ 2.
+    while size < dim and _taylor_remainder(angle, 2 * size) > float(jnp.finfo(dtype).eps):
+        size += 1
+    return min(size, dim)
+
+
+def _taylor_remainder(angle: float, order: int) -> float:
+    """angle^order/order! relative to the leading angle²/2."""
+    return 2 * math.exp((order - 2) * math.log(max(angle, 1e-300)) - math.lgamma(order + 1))
+
+
+def planar_rotation(
+    key: Key[Array, ""],
+    dim: int,
+    epsilon: float,
+    sigma: float,
+    shape: tuple[int, ...] = (),
+    *,
+    size: int | None = None,
+    dtype: jnp.dtype | type = float,
+) -> Planar:
+    """Draws of what exp(−εA) does to one fixed vector; exact in law, at a cost that does not depend on `dim`.
+
+    Args:
+        key: a `jax.random.key`.
+        dim: the dimension d ≥ 2 of the space.
+        epsilon, sigma: Python floats; they fix the number of Taylor terms and, by `lanczos_size`, of Lanczos vectors.
+        shape: shape of the draws.
+        size: Lanczos vectors, 2 ≤ size ≤ dim.
+
+    Raises: ValueError for `dim < 2` or a size outside its bounds.
+    """
+    if dim < 2:
+        raise ValueError(f"dim={dim}: rotations need at least 2 dimensions")
+    size = lanczos_size(dim, epsilon, sigma, dtype) if size is None else size
+    if not 2 <= size <= dim:
+        raise ValueError(f"size={size} Lanczos vectors: need 2 ≤ size ≤ dim={dim}")
+    freedom = jnp.asarray(range(dim - 1, dim - size, -1), dtype)
+    entries = sigma * jnp.sqrt(jax.random.chisquare(key, freedom, (*shape, size - 1), dtype))
+    angle = _generator_bound(dim, epsilon, sigma)
+    stages = max(1, math.ceil(angle))
+    terms = 2
+    while _taylor_remainder(angle / stages, terms + 1) > float(jnp.finfo(dtype).eps):
+        terms += 1
+    below = epsilon / stages * entries
+
+    def generate(vector: Array) -> Array:
+        """−εT/stages times a vector; T has b_i below the diagonal and −b_i above."""
+        zero = jnp.zeros((*shape, 1), dtype)
+        return jnp.concatenate([below * vector[..., 1:], zero], -1) - jnp.concatenate([zero, below * vector[..., :-1]], -1)
+
+    # The increment exp(−εT)e₁ − e₁ is what is summed, so that a tiny angle keeps its digits.
+    first = jnp.zeros((*shape, size), dtype).at[..., 0].set(1.0)
+    moved = jnp.zeros((*shape, size), dtype)
+    for _ in range(stages):
+        term = first + moved
+        for order in range(1, terms + 1):
+            term = generate(term) / order
+            moved = moved + term
+    return Planar(-moved[..., 0], jnp.linalg.norm(moved[..., 1:], axis=-1), entries[..., 0])
+
+
+class Moves(NamedTuple):
+    """n rotations of one state, as m memories see them.
+
+    Attributes:
+        shift: ξ_μ·(Rᵀx − x).
+        mirrored: the same for −A, the antithetic twin.
+        tangent: ξ_μ·(Ax), up to a sign shared by all memories.
+        centripetal: ξ_μ·(A²x), or its mean given the plane of the rotation.
+    """
+
+    shift: Float[Array, "n m"]
+    mirrored: Float[Array, "n m"]
+    tangent: Float[Array, "n m"]
+    centripetal: Float[Array, "n m"]
+
+
+@runtime_checkable
+class Law(Protocol):
+    """A way of drawing rotations of a state: `sampler` does the work that the draws share."""
+
+    def sampler(
+        self, state: Float[Array, " d"], memories: Float[Array, "m d"], *, epsilon: float, sigma: float
+    ) -> Callable[[Key[Array, ""], int], Moves]: ...
+
+
+@dataclass(frozen=True)
+class DenseLaw:
+    """A drawn in full and exponentiated: O(d³) a draw and O(nd²) memory. The reference for `PlanarLaw`."""
+
+    def sampler(
+        self, state: Float[Array, " d"], memories: Float[Array, "m d"], *, epsilon: float, sigma: float
+    ) -> Callable[[Key[Array, ""], int], Moves]:
+        """See `Law`. Raises ValueError for shapes or dtypes that do not fit."""
+        _check_state(state, memories)
+
+        def one(key: Array) -> Moves:
+            generator = antisymmetric(key, state.shape[0], sigma, dtype=state.dtype)
+            turn = rotation(generator, epsilon)
+            tangent = _matmul(generator, state)
+            moved = (_matmul(turn.T, state) - state, _matmul(turn, state) - state, tangent, _matmul(generator, tangent))
+            return Moves(*(_matmul(memories, vector) for vector in moved))
+
+        return lambda key, count: jax.vmap(one)(jax.random.split(key, count))
+
+
+@dataclass(frozen=True)
+class PlanarLaw:
+    """The exact law of the rotated state at O(m²) a draw in any dimension; see the module's introduction.
+
+    Attributes:
+        size: Lanczos vectors; default by `lanczos_size`.
+    """
+
+    size: int | None = None
+
+    def sampler(
+        self, state: Float[Array, " d"], memories: Float[Array, "m d"], *, epsilon: float, sigma: float
+    ) -> Callable[[Key[Array, ""], int], Moves]:
+        """See `Law`. Raises ValueError for shapes or dtypes that do not fit, or d < 2."""
+        _check_state(state, memories)
+        count, dim = memories.shape
+        norm = jnp.linalg.norm(state)
+        direction = state / jnp.where(norm > 0, norm, 1)
+        overlaps = _matmul(memories, state)
+        across = memories - _matmul(memories, direction)[:, None] * direction[None]
+        # Below dimension m + 1 it is cheaper to draw v itself than its projections.
+        projected = count < dim
+        factor = jnp.linalg.qr(across.T, mode="r").T if projected else across
+
+        def directions(key: Array, n: int) -> Array:
+            """ξ_μ·v for v uniform on the unit sphere of the state's orthogonal complement."""
+            inside, outside = jax.random.split(key)
+            gauss = jax.random.normal(inside, (n, factor.shape[1]), state.dtype)
+            if projected:
+                freedom = dim - 1 - count
+                rest = jax.random.chisquare(outside, float(freedom), (n,), state.dtype) if freedom else jnp.zeros(n, state.dtype)
+            else:
+                gauss = gauss - _matmul(gauss, direction)[:, None] * direction[None]
+                rest = jnp.zeros(n, state.dtype)
+            return _matmul(gauss, factor.T) / jnp.sqrt(jnp.sum(gauss**2, axis=1) + rest)[:, None]
+
+        def draw(key: Array, n: int) -> Moves:
+            plane, angle = jax.random.split(key)
+            across_plane = norm * directions(plane, n)
+            planar = planar_rotation(angle, dim, epsilon, sigma, (n,), size=self.size, dtype=state.dtype)
+            versine, sine, speed = (part[:, None] for part in planar)
+            inward = versine * overlaps[None]
+            return Moves(sine * across_plane - inward, -sine * across_plane - inward, speed * across_plane, -(speed**2) * overlaps[None])
+
+        return draw
