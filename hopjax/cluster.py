@@ -259,7 +259,7 @@ def critical_effective_beta(members: Float[ArrayLike, ""]) -> _Scalar:
         bernoulli = v / jnp.expm1(v)
         return 1 + members * bernoulli * (1 / v + 1 / jnp.expm1(-v))
 
-    def halve(_: int, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: object, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bracket
         middle = 0.5 * (low + high)
         rising = slope_sign(middle) > 0

@@ -141,8 +141,8 @@ def rotation_average(
     memories: Float[Array, "m d"],
     beta: Float[ArrayLike, ""],
     *,
-    epsilon: float,
-    sigma: float,
+    epsilon: Float[ArrayLike, ""],
+    sigma: Float[ArrayLike, ""],
     draws: int = 2000,
     observable: Callable[[Array], Array] = _identity,
     estimator: Estimator = ControlVariate(),
@@ -154,7 +154,7 @@ def rotation_average(
     `jax.vmap` it over states. The random numbers depend on `key`, `law` and `batch`.
 
     Args:
-        epsilon, sigma: Python floats, the size of the rotations; see `hopjax.rotation`.
+        epsilon, sigma: the size of the rotations, see `hopjax.rotation`; traced values need `law=PlanarLaw(angle=...)`.
         draws: rotations evaluated; a multiple of `estimator.rotations`.
         observable: a smooth function of the rise (scalar → any shape); default the rise itself.
         estimator: `ControlVariate()`, `Antithetic()` or `Plain()`.
@@ -189,11 +189,11 @@ def rotation_average(
     return Estimate(jnp.mean(terms, axis=0), jnp.sqrt(variance / pairs), pairs * jnp.var(plain, axis=0, ddof=1) / variance)
 
 
-def _second_order(p: Array, moves: Moves, beta: Array, epsilon: float) -> Array:
+def _second_order(p: Array, moves: Moves, beta: Array, epsilon: ArrayLike) -> Array:
     """½ε²[(Ax)ᵀH(Ax) + (A²x)·∇E] of each draw. The identity part of H and the x of ∇E cancel: |Ax|² + x·A²x = 0."""
     mean = _matmul(moves.tangent, p)
     variance = _matmul((moves.tangent - mean[:, None]) ** 2, p)
-    return -0.5 * epsilon**2 * (beta * variance + _matmul(moves.centripetal, p))
+    return -0.5 * jnp.square(jnp.asarray(epsilon).astype(p.dtype)) * (beta * variance + _matmul(moves.centripetal, p))
 
 
 def sample_rises(
@@ -202,8 +202,8 @@ def sample_rises(
     memories: Float[Array, "m d"],
     beta: Float[ArrayLike, ""],
     *,
-    epsilon: float,
-    sigma: float,
+    epsilon: Float[ArrayLike, ""],
+    sigma: Float[ArrayLike, ""],
     draws: int,
     law: Law = PlanarLaw(),
 ) -> Float[Array, " draws"]:
@@ -218,8 +218,8 @@ def average_rise(
     memories: Float[Array, "m d"],
     beta: Float[ArrayLike, ""],
     *,
-    epsilon: float,
-    sigma: float,
+    epsilon: Float[ArrayLike, ""],
+    sigma: Float[ArrayLike, ""],
     draws: int = 2000,
     estimator: Estimator = ControlVariate(),
     law: Law = PlanarLaw(),

@@ -16,7 +16,7 @@ The scale σ is an argument: `unit_entries` (σ = 1), `unit_displacement` (σ = 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, TypeVar, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -74,14 +74,21 @@ class Planar(NamedTuple):
     speed: Float[Array, "*n"]
 
 
-def _generator_bound(dim: int, epsilon: float, sigma: float) -> float:
-    """ε‖A‖ is below this but for a probability of e^{−18} (Gaussian concentration of the norm about 2σ√d)."""
+_Number = TypeVar("_Number", float, Array)
+
+
+def generator_bound(dim: int, epsilon: _Number, sigma: _Number) -> _Number:
+    """εσ(2√d + 6), which bounds ε‖A‖ but for a probability of e^{−18} (Gaussian concentration of the norm about 2σ√d)."""
     return abs(epsilon) * sigma * (2 * math.sqrt(dim) + 6)
 
 
-def lanczos_size(dim: int, epsilon: float, sigma: float, dtype: jnp.dtype | type = float) -> int:
-    """Order m ≤ d of the tridiagonal block whose truncation error (ε‖A‖)^{2m}/(2m)! is below rounding of the versine."""
-    angle, size = _generator_bound(dim, epsilon, sigma), 2
+def lanczos_size(dim: int, angle: float, dtype: jnp.dtype | type = float) -> int:
+    """Order m ≤ d of the tridiagonal block whose truncation error angle^{2m}/(2m)! is below rounding of the versine.
+
+    Args:
+        angle: a bound on ε‖A‖, e.g. by `generator_bound`.
+    """
+    size = 2
     # The versine is of order angle²/2; the block reproduces that order for every m ≥ 2.
     while size < dim and _taylor_remainder(angle, 2 * size) > float(jnp.finfo(dtype).eps):
         size += 1
@@ -96,11 +103,12 @@ def _taylor_remainder(angle: float, order: int) -> float:
 def planar_rotation(
     key: Key[Array, ""],
     dim: int,
-    epsilon: float,
-    sigma: float,
+    epsilon: Float[ArrayLike, ""],
+    sigma: Float[ArrayLike, ""],
     shape: tuple[int, ...] = (),
     *,
     size: int | None = None,
+    angle: float | None = None,
     dtype: jnp.dtype | type = float,
 ) -> Planar:
     """Draws of what exp(−εA) does to one fixed vector; exact in law, at a cost that does not depend on `dim`.
@@ -108,39 +116,49 @@ def planar_rotation(
     Args:
         key: a `jax.random.key`.
         dim: the dimension d ≥ 2 of the space.
-        epsilon, sigma: Python floats; they fix the number of Taylor terms and, by `lanczos_size`, of Lanczos vectors.
+        epsilon, sigma: the size of the rotation.
         shape: shape of the draws.
-        size: Lanczos vectors, 2 ≤ size ≤ dim.
+        size: Lanczos vectors, 2 ≤ size ≤ dim; default by `lanczos_size` for `angle`.
+        angle: a bound on ε‖A‖, which fixes the number of Taylor terms; default `generator_bound(dim, epsilon, sigma)`. Give
+            it where epsilon or sigma is traced; draws that it does not cover are NaN.
 
-    Raises: ValueError for `dim < 2` or a size outside its bounds.
+    Raises: ValueError for `dim < 2`, a size outside its bounds, or no `angle` where epsilon or sigma is traced.
     """
     if dim < 2:
         raise ValueError(f"dim={dim}: rotations need at least 2 dimensions")
-    size = lanczos_size(dim, epsilon, sigma, dtype) if size is None else size
+    if angle is None:
+        try:
+            angle = generator_bound(dim, float(cast(float, epsilon)), float(cast(float, sigma)))
+        except jax.errors.ConcretizationTypeError:
+            raise ValueError("epsilon or sigma is traced: give `angle`, a bound on ε‖A‖, e.g. by hopjax.generator_bound") from None
+    size = lanczos_size(dim, angle, dtype) if size is None else size
     if not 2 <= size <= dim:
         raise ValueError(f"size={size} Lanczos vectors: need 2 ≤ size ≤ dim={dim}")
+    epsilon, sigma = (jnp.asarray(value).astype(dtype) for value in (epsilon, sigma))
     freedom = jnp.asarray(range(dim - 1, dim - size, -1), dtype)
     entries = sigma * jnp.sqrt(jax.random.chisquare(key, freedom, (*shape, size - 1), dtype))
-    angle = _generator_bound(dim, epsilon, sigma)
+    covered = generator_bound(dim, jnp.abs(epsilon), sigma) <= angle * (1 + 1e-3)
     stages = max(1, math.ceil(angle))
     terms = 2
     while _taylor_remainder(angle / stages, terms + 1) > float(jnp.finfo(dtype).eps):
         terms += 1
-    below = epsilon / stages * entries
+    below = jnp.where(covered, epsilon / stages, jnp.nan) * entries
 
     def generate(vector: Array) -> Array:
         """−εT/stages times a vector; T has b_i below the diagonal and −b_i above."""
         zero = jnp.zeros((*shape, 1), dtype)
         return jnp.concatenate([below * vector[..., 1:], zero], -1) - jnp.concatenate([zero, below * vector[..., :-1]], -1)
 
-    # The increment exp(−εT)e₁ − e₁ is what is summed, so that a tiny angle keeps its digits.
-    first = jnp.zeros((*shape, size), dtype).at[..., 0].set(1.0)
-    moved = jnp.zeros((*shape, size), dtype)
-    for _ in range(stages):
+    def stage(_: object, moved: Array) -> Array:
+        """One factor of exp(−εT) = exp(−εT/stages)^stages, applied to the increment so that a tiny angle keeps its digits."""
         term = first + moved
         for order in range(1, terms + 1):
             term = generate(term) / order
             moved = moved + term
+        return moved
+
+    first = jnp.zeros((*shape, size), dtype).at[..., 0].set(1.0)
+    moved = jax.lax.fori_loop(0, stages, stage, jnp.zeros((*shape, size), dtype))
     return Planar(-moved[..., 0], jnp.linalg.norm(moved[..., 1:], axis=-1), entries[..., 0])
 
 
@@ -165,7 +183,7 @@ class Law(Protocol):
     """A way of drawing rotations of a state: `sampler` does the work that the draws share."""
 
     def sampler(
-        self, state: Float[Array, " d"], memories: Float[Array, "m d"], *, epsilon: float, sigma: float
+        self, state: Float[Array, " d"], memories: Float[Array, "m d"], *, epsilon: Float[ArrayLike, ""], sigma: Float[ArrayLike, ""]
     ) -> Callable[[Key[Array, ""], int], Moves]: ...
 
 
@@ -174,7 +192,7 @@ class DenseLaw:
     """A drawn in full and exponentiated: O(d³) a draw and O(nd²) memory. The reference for `PlanarLaw`."""
 
     def sampler(
-        self, state: Float[Array, " d"], memories: Float[Array, "m d"], *, epsilon: float, sigma: float
+        self, state: Float[Array, " d"], memories: Float[Array, "m d"], *, epsilon: Float[ArrayLike, ""], sigma: Float[ArrayLike, ""]
     ) -> Callable[[Key[Array, ""], int], Moves]:
         """See `Law`. Raises ValueError for shapes or dtypes that do not fit."""
         _check_state(state, memories)
@@ -195,12 +213,14 @@ class PlanarLaw:
 
     Attributes:
         size: Lanczos vectors; default by `lanczos_size`.
+        angle: a bound on ε‖A‖, needed where epsilon or sigma is traced, e.g. under `jax.vmap` over a ladder of ε.
     """
 
     size: int | None = None
+    angle: float | None = None
 
     def sampler(
-        self, state: Float[Array, " d"], memories: Float[Array, "m d"], *, epsilon: float, sigma: float
+        self, state: Float[Array, " d"], memories: Float[Array, "m d"], *, epsilon: Float[ArrayLike, ""], sigma: Float[ArrayLike, ""]
     ) -> Callable[[Key[Array, ""], int], Moves]:
         """See `Law`. Raises ValueError for shapes or dtypes that do not fit, or d < 2."""
         _check_state(state, memories)
@@ -228,7 +248,7 @@ class PlanarLaw:
         def draw(key: Array, n: int) -> Moves:
             plane, angle = jax.random.split(key)
             across_plane = norm * directions(plane, n)
-            planar = planar_rotation(angle, dim, epsilon, sigma, (n,), size=self.size, dtype=state.dtype)
+            planar = planar_rotation(angle, dim, epsilon, sigma, (n,), size=self.size, angle=self.angle, dtype=state.dtype)
             versine, sine, speed = (part[:, None] for part in planar)
             inward = versine * overlaps[None]
             return Moves(sine * across_plane - inward, -sine * across_plane - inward, speed * across_plane, -(speed**2) * overlaps[None])
