@@ -10,7 +10,7 @@ Small numbers are returned as logarithms where a float64 would underflow at β =
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Float, Real
 
 from hopjax.cluster import _parameters
 from hopjax.gaps import ReplayLogWeights
@@ -40,7 +40,7 @@ class LogWeights(NamedTuple):
     cluster_outlier: _Scalar
 
 
-def log_weights(members: Float[ArrayLike, ""], cosine: Float[ArrayLike, ""], beta: Float[ArrayLike, ""]) -> LogWeights:
+def log_weights(members: Real[ArrayLike, ""], cosine: Real[ArrayLike, ""], beta: Real[ArrayLike, ""]) -> LogWeights:
     """log q ≈ −β and log b ≈ −β(1−c), log r ≈ −β, Eqs. (52) and (54).
 
     Drops: O(βℓ_o) in log q; O(βℓ_c) in log b and log r.
@@ -49,13 +49,13 @@ def log_weights(members: Float[ArrayLike, ""], cosine: Float[ArrayLike, ""], bet
     return LogWeights(-beta, -beta * (1 - cosine), -beta)
 
 
-def first_order_energy(leak: Float[ArrayLike, "*s"], beta: Float[ArrayLike, ""]) -> Float[Array, "*s"]:
+def first_order_energy(leak: Real[ArrayLike, "*s"], beta: Real[ArrayLike, ""]) -> Float[Array, "*s"]:
     """E(x*) ≈ −½ − ℓ/β of a fixed point localised on a unit memory, Eq. (75). Drops: O(ℓ²)."""
     return -0.5 - jnp.asarray(leak) / beta
 
 
 def first_order_sharpness(
-    off_weights: Float[Array, " n"], similarities: Float[Array, " n"], beta: Float[ArrayLike, ""], dim: Float[ArrayLike, ""]
+    off_weights: Float[Array, " n"], similarities: Float[Array, " n"], beta: Real[ArrayLike, ""], dim: Real[ArrayLike, ""]
 ) -> _Scalar:
     """S ≈ (d−1) − Σ p_ν(1−s_ν)[2(d−1) + β(1+s_ν)], Eqs. (10), (76)-(77), near a unit memory.
 
@@ -70,7 +70,7 @@ def first_order_sharpness(
     return tangent - jnp.sum(off_weights * per_weight)
 
 
-def energies(members: Float[ArrayLike, ""], cosine: Float[ArrayLike, ""], beta: Float[ArrayLike, ""]) -> Asymptotic:
+def energies(members: Real[ArrayLike, ""], cosine: Real[ArrayLike, ""], beta: Real[ArrayLike, ""]) -> Asymptotic:
     """Energies of the two fixed points, Eqs. (78) and (80), and their gap, Eq. (82), positive for c > 0.
 
     Drops: O(ℓ²) and, through the weights, O(ℓ²) again: relative O(βℓ) of the leakage terms.
@@ -82,7 +82,7 @@ def energies(members: Float[ArrayLike, ""], cosine: Float[ArrayLike, ""], beta: 
 
 
 def sharpnesses(
-    members: Float[ArrayLike, ""], cosine: Float[ArrayLike, ""], beta: Float[ArrayLike, ""], dim: Float[ArrayLike, ""]
+    members: Real[ArrayLike, ""], cosine: Real[ArrayLike, ""], beta: Real[ArrayLike, ""], dim: Real[ArrayLike, ""]
 ) -> Asymptotic:
     """Sharpness of the two fixed points, Eqs. (79) and (81), and their gap, Eq. (83).
 
@@ -102,13 +102,13 @@ def sharpnesses(
 
 
 def rises(
-    members: Float[ArrayLike, ""],
-    cosine: Float[ArrayLike, ""],
-    beta: Float[ArrayLike, ""],
-    dim: Float[ArrayLike, ""],
+    members: Real[ArrayLike, ""],
+    cosine: Real[ArrayLike, ""],
+    beta: Real[ArrayLike, ""],
+    dim: Real[ArrayLike, ""],
     *,
-    epsilon: Float[ArrayLike, ""],
-    sigma: Float[ArrayLike, ""] = 1.0,
+    epsilon: Real[ArrayLike, ""],
+    sigma: Real[ArrayLike, ""] = 1.0,
 ) -> Asymptotic:
     """Rotation-averaged energy rises, Eqs. (71)-(72), and the gap of Theorem 4.1, Eq. (73): ½ε²σ² times `sharpnesses`.
 
@@ -118,7 +118,7 @@ def rises(
     return Asymptotic(*(scale.astype(part.dtype) * part for part in sharpnesses(members, cosine, beta, dim)))
 
 
-def log_susceptibilities(members: Float[ArrayLike, ""], cosine: Float[ArrayLike, ""], beta: Float[ArrayLike, ""]) -> ReplayLogWeights:
+def log_susceptibilities(members: Real[ArrayLike, ""], cosine: Real[ArrayLike, ""], beta: Real[ArrayLike, ""]) -> ReplayLogWeights:
     """log χ of the five canonical pairs, Eq. (98): self ½ − ℓ/4, same cluster e^{−β(1−c)}, across types e^{−β}.
 
     Drops: O(ℓ²) in the self-susceptibilities, relative O(βℓ) in the others.

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, ArrayLike, Bool, Float, Key
+from jaxtyping import Array, ArrayLike, Bool, Float, Key, Real
 
 _Scalar = Float[Array, ""]
 
@@ -42,7 +42,7 @@ def memories(members: int, dim: int, cosine: float, *, dtype: jnp.dtype | type =
 
     Raises: ValueError unless K ≥ 2, −1/(K−1) ≤ c < 1 and d ≥ K + 1.
     """
-    _check_geometry(members, dim, cosine, -1 / (members - 1), members + 1)
+    _check_geometry(members, dim, cosine, -1 / max(members - 1, 1), members + 1)
     # The symmetric square root of the Gram matrix (1−c)I + c11ᵀ; max() absorbs rounding at the lower bound.
     apart, along = (1 - cosine) ** 0.5, max(0.0, 1 + (members - 1) * cosine) ** 0.5
     root = apart * jnp.eye(members, dtype=dtype) + (along - apart) / members
@@ -59,7 +59,7 @@ def latent_gaussian_memories(
     _check_geometry(members, dim, cosine, 0.0, 2)
     gauss = jax.random.normal(key, (members + 2, dim), dtype)
     centroid, noise, outlier = gauss[0], gauss[1:-1] / dim**0.5, gauss[-1:]
-    cluster = cosine**0.5 * centroid / jnp.linalg.norm(centroid) + (1 - cosine) ** 0.5 * noise
+    cluster = cosine**0.5 * centroid[None] / jnp.linalg.norm(centroid) + (1 - cosine) ** 0.5 * noise
     rows = jnp.concatenate([cluster, outlier])
     return rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
 
@@ -107,7 +107,7 @@ def _parameters(members: ArrayLike, cosine: ArrayLike, beta: ArrayLike) -> tuple
     if not jnp.issubdtype(dtype, jnp.floating):
         dtype = jnp.result_type(float)
     members, cosine, beta = (jnp.asarray(value).astype(dtype) for value in (members, cosine, beta))
-    valid = (members >= 2) & (cosine < 1) & (1 + (members - 1) * cosine >= -4 * jnp.finfo(dtype).eps) & (beta > 0)
+    valid = (members >= 2) & (cosine < 1) & (1 + (members - 1) * cosine >= -4 * jnp.finfo(dtype).eps) & (beta > 0) & (beta < jnp.inf)
     return members, cosine, jnp.where(valid, beta, jnp.nan)
 
 
@@ -139,7 +139,7 @@ def _implicit_root(residual: Callable[[Array], Array], solve: Callable[[Callable
     )
 
 
-def outlier_point(members: Float[ArrayLike, ""], cosine: Float[ArrayLike, ""], beta: Float[ArrayLike, ""]) -> OutlierPoint:
+def outlier_point(members: Real[ArrayLike, ""], cosine: Real[ArrayLike, ""], beta: Real[ArrayLike, ""]) -> OutlierPoint:
     """Weights at the fixed point near the outlier, Eqs. (20)-(22), to the last digit that their condition allows.
 
     Accuracy: each log-weight within 8 eps·max(1, |log weight|)·condition.
@@ -196,7 +196,7 @@ def _cluster_curve(v: Array, members: Array, cosine: Array) -> tuple[Array, Arra
     return per_gap * (1 + (members - 1) * jnp.exp(-v) + jnp.exp(w)), w
 
 
-def cluster_point(members: Float[ArrayLike, ""], cosine: Float[ArrayLike, ""], beta: Float[ArrayLike, ""]) -> ClusterPoint:
+def cluster_point(members: Real[ArrayLike, ""], cosine: Real[ArrayLike, ""], beta: Real[ArrayLike, ""]) -> ClusterPoint:
     """Weights at the fixed point near a cluster member, Eqs. (23)-(26), to the last digit that their condition allows.
 
     Accuracy: each log-weight within 8 eps·max(1, |log weight|)·condition.
@@ -237,17 +237,17 @@ def _cluster_condition(v: Array, w: Array, members: Array, cosine: Array) -> Arr
 # ---- Regimes -----------------------------------------------------------------------------------------------------------
 
 
-def log_outlier_leakage(point: OutlierPoint, members: Float[ArrayLike, ""]) -> _Scalar:
+def log_outlier_leakage(point: OutlierPoint, members: Real[ArrayLike, ""]) -> _Scalar:
     """log ℓ_o = log(Kq), the weight off the outlier at its fixed point, Eqs. (35)-(36)."""
     return jnp.log(jnp.asarray(members).astype(point.log_member.dtype)) + point.log_member
 
 
-def log_cluster_leakage(point: ClusterPoint, members: Float[ArrayLike, ""]) -> _Scalar:
+def log_cluster_leakage(point: ClusterPoint, members: Real[ArrayLike, ""]) -> _Scalar:
     """log ℓ_c = log((K−1)b + r), the weight off ξ₁ at its fixed point, Eqs. (35)-(36)."""
     return jnp.logaddexp(jnp.log(jnp.asarray(members).astype(point.log_other.dtype) - 1) + point.log_other, point.log_outlier)
 
 
-def critical_effective_beta(members: Float[ArrayLike, ""]) -> _Scalar:
+def critical_effective_beta(members: Real[ArrayLike, ""]) -> _Scalar:
     """β_c(1−c) = min over v > 0 of v + K v/(e^v − 1): the onset of pattern fixed points without the outlier, Eqs. (29)-(31).
 
     v = log(a/b) at the onset. In v the curve is convex; in the paper's m = a − b, f is not for K > 2, and the onset is first order.
@@ -272,13 +272,15 @@ def critical_effective_beta(members: Float[ArrayLike, ""]) -> _Scalar:
     return jnp.where(members == 2, members, jnp.where(members > 2, value, jnp.nan))  # K = 2: continuous onset, at v = 0
 
 
-def critical_beta(members: Float[ArrayLike, ""], cosine: Float[ArrayLike, ""]) -> _Scalar:
-    """β_c, above which pattern-specific cluster fixed points exist, Eq. (34); exact without the outlier, which adds O(e^{−β})."""
+def critical_beta(members: Real[ArrayLike, ""], cosine: Real[ArrayLike, ""]) -> _Scalar:
+    """β_c, above which pattern-specific cluster fixed points exist, Eq. (34); of the cluster alone.
+
+    The outlier raises the onset by a relative O(e^{−β_c}): 16 % at K = 3, c = 0, nothing to speak of where β_c is large."""
     members, cosine, _ = _parameters(members, cosine, 1.0)
     return critical_effective_beta(members) / jnp.where(cosine < 1, 1 - cosine, jnp.nan)
 
 
-def critical_effective_beta_bounds(members: Float[ArrayLike, ""]) -> tuple[_Scalar, _Scalar]:
+def critical_effective_beta_bounds(members: Real[ArrayLike, ""]) -> tuple[_Scalar, _Scalar]:
     """Elementary two-sided bounds on β_c(1−c) for K ≥ 3, standing for Eq. (32).
 
     With L = log K: L + log L + 1 < β_c(1−c) ≤ v + Kv/(e^v − 1) at v = L + log L; both sides are L + log L + 1 + o(1), Eq. (33).
@@ -315,9 +317,9 @@ class Regime(NamedTuple):
 
 
 def regime(
-    members: Float[ArrayLike, ""],
-    cosine: Float[ArrayLike, ""],
-    beta: Float[ArrayLike, ""],
+    members: Real[ArrayLike, ""],
+    cosine: Real[ArrayLike, ""],
+    beta: Real[ArrayLike, ""],
     *,
     localised_below: float = 0.1,
     strong_above: float = 2.0,
@@ -328,6 +330,6 @@ def regime(
     cluster_leak = beta * jnp.exp(log_cluster_leakage(cluster_point(members, cosine, beta), members))
     ratio = beta / critical_beta(members, cosine)
     needed = jnp.log(members) + jnp.log(beta)
-    strength = jnp.where(needed > 0, beta * (1 - cosine) / needed, jnp.inf)
+    strength = jnp.where(needed <= 0, jnp.inf, beta * (1 - cosine) / needed)
     localised = (outlier_leak <= localised_below) & (cluster_leak <= localised_below)
     return Regime(ratio, outlier_leak, cluster_leak, strength, ratio >= 1, localised, strength >= strong_above)

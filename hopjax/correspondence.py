@@ -17,7 +17,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Float, Real
 
 from hopjax.energy import _check_state, _matmul, _positive
 
@@ -25,11 +25,13 @@ from hopjax.energy import _check_state, _matmul, _positive
 def _kernel_exponents(state: Array, memories: Array, scale: ArrayLike, variance: ArrayLike) -> Array:
     _check_state(state, memories)
     squares = jnp.sum((state[None] - jnp.asarray(scale).astype(state.dtype) * memories) ** 2, axis=1)
-    return -0.5 * squares / _positive(variance, memories)
+    exponents = -0.5 * squares / _positive(variance, memories)
+    # As in `hopjax.energy`: what is not finite must not pass through the softmax as a plausible number.
+    return jnp.where(jnp.isfinite(exponents), exponents, jnp.nan)
 
 
 def mixture_log_density(
-    state: Float[Array, " d"], memories: Float[Array, "m d"], scale: Float[ArrayLike, ""], variance: Float[ArrayLike, ""]
+    state: Float[Array, " d"], memories: Float[Array, "m d"], scale: Real[ArrayLike, ""], variance: Real[ArrayLike, ""]
 ) -> Float[Array, ""]:
     """log p_t(y) of M⁻¹ Σ N(y; scale·ξ_μ, variance·I), normalised."""
     exponents = _kernel_exponents(state, memories, scale, variance)
@@ -39,21 +41,21 @@ def mixture_log_density(
 
 
 def posterior_mean(
-    state: Float[Array, " d"], memories: Float[Array, "m d"], scale: Float[ArrayLike, ""], variance: Float[ArrayLike, ""]
+    state: Float[Array, " d"], memories: Float[Array, "m d"], scale: Real[ArrayLike, ""], variance: Real[ArrayLike, ""]
 ) -> Float[Array, " d"]:
     """The exact denoiser E[x₀ | y] of a finite data set: the softmax mean of the memories at noisy state y."""
     return _matmul(jax.nn.softmax(_kernel_exponents(state, memories, scale, variance)), memories)
 
 
 def mixture_score(
-    state: Float[Array, " d"], memories: Float[Array, "m d"], scale: Float[ArrayLike, ""], variance: Float[ArrayLike, ""]
+    state: Float[Array, " d"], memories: Float[Array, "m d"], scale: Real[ArrayLike, ""], variance: Real[ArrayLike, ""]
 ) -> Float[Array, " d"]:
     """∇ log p_t(y) = (scale·E[x₀|y] − y)/variance; for scale 1 and unit memories it is (T(y) − y)/variance at β = 1/variance."""
     mean = jnp.asarray(scale).astype(state.dtype) * posterior_mean(state, memories, scale, variance)
     return (mean - state) / _positive(variance, memories)
 
 
-def kernel_energy(state: Float[Array, " d"], memories: Float[Array, "m d"], beta: Float[ArrayLike, ""]) -> Float[Array, ""]:
+def kernel_energy(state: Float[Array, " d"], memories: Float[Array, "m d"], beta: Real[ArrayLike, ""]) -> Float[Array, ""]:
     """−β⁻¹ log Σ exp(−β|x − ξ_μ|²/2): the energy whose Boltzmann density weighs all memories alike.
 
     For memories of norm ρ it is E(x) of Eq. (1) plus ½ρ²; for unequal norms the two differ.
@@ -62,7 +64,7 @@ def kernel_energy(state: Float[Array, " d"], memories: Float[Array, "m d"], beta
     return -jax.nn.logsumexp(_kernel_exponents(state, memories, 1.0, 1 / beta)) / beta
 
 
-def ve_implicit_energy(state: Float[Array, " d"], memories: Float[Array, "m d"], noise: Float[ArrayLike, ""]) -> Float[Array, ""]:
+def ve_implicit_energy(state: Float[Array, " d"], memories: Float[Array, "m d"], noise: Real[ArrayLike, ""]) -> Float[Array, ""]:
     """−σ_t² log p_t(y) of variance-exploding diffusion (no drift), σ_t = `noise`: E(y) at β = 1/σ_t² plus a constant for unit memories.
 
     The diffusion's own u = −g² log p_t is this times the positive factor g²/σ_t², which moves no equilibrium.
@@ -71,7 +73,7 @@ def ve_implicit_energy(state: Float[Array, " d"], memories: Float[Array, "m d"],
     return -variance * mixture_log_density(state, memories, 1.0, variance)
 
 
-def vp_implicit_energy(state: Float[Array, " d"], memories: Float[Array, "m d"], alpha: Float[ArrayLike, ""]) -> Float[Array, ""]:
+def vp_implicit_energy(state: Float[Array, " d"], memories: Float[Array, "m d"], alpha: Real[ArrayLike, ""]) -> Float[Array, ""]:
     """u(y)/β(t) = −log p_t(y) − |y|²/4 of variance-preserving diffusion dx = −½β(t)x dt + √β(t) dw, α = exp(−½∫β).
 
     Times v = 1 − α² it tends to E(y) at β = 1/v in the low-noise limit, up to a constant, for unit memories.
@@ -98,14 +100,14 @@ def signal_to_noise(alphas_cumprod: Float[Array, "*t"]) -> Float[Array, "*t"]:
     return alphas_cumprod / (1 - alphas_cumprod)
 
 
-def beta_at_timestep(timestep: Float[ArrayLike, "*n"], alphas_cumprod: Float[Array, " t"]) -> Float[Array, "*n"]:
+def beta_at_timestep(timestep: Real[ArrayLike, "*n"], alphas_cumprod: Float[Array, " t"]) -> Float[Array, "*n"]:
     """β of a (possibly fractional) timestep, linear in log β between the schedule's; NaN outside 0 … t − 1."""
     log_beta = jnp.log(signal_to_noise(alphas_cumprod))
     grid = jnp.arange(alphas_cumprod.shape[0], dtype=log_beta.dtype)
     return jnp.exp(jnp.interp(jnp.asarray(timestep).astype(log_beta.dtype), grid, log_beta, left=jnp.nan, right=jnp.nan))
 
 
-def timestep_at_beta(beta: Float[ArrayLike, "*n"], alphas_cumprod: Float[Array, " t"]) -> Float[Array, "*n"]:
+def timestep_at_beta(beta: Real[ArrayLike, "*n"], alphas_cumprod: Float[Array, " t"]) -> Float[Array, "*n"]:
     """The (fractional) timestep whose signal-to-noise ratio is β: inverse of `beta_at_timestep`; NaN outside the schedule."""
     log_beta = jnp.log(signal_to_noise(alphas_cumprod))
     grid = jnp.arange(alphas_cumprod.shape[0], dtype=log_beta.dtype)

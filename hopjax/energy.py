@@ -8,7 +8,7 @@ $p(x) \propto e^{-\beta E(x)}$ is the Gaussian mixture $\sum_\mu \pi_\mu N(\xi_\
 $\pi_\mu \propto e^{\beta|\xi_\mu|^2/2}$.
 
 Every function takes one state; `jax.vmap` it for many. Units: memories in u give E in u² and β in u⁻².
-A β that is not positive, and logits that are not finite, give NaN: inside a kernel numerical failure is data.
+A β that is not positive or not finite, and logits that are not finite, give NaN: inside a kernel numerical failure is data.
 Source: arXiv:2605.27975, Eqs. (1)-(3), (16), (56), (74).
 """
 
@@ -17,7 +17,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.lax import Precision
-from jaxtyping import Array, ArrayLike, Float, Key
+from jaxtyping import Array, ArrayLike, Float, Key, Real
 
 
 def _check_memories(memories: Array) -> None:
@@ -36,10 +36,10 @@ def _check_state(state: Array, memories: Array) -> None:
 
 
 def _positive(value: ArrayLike, like: Array) -> Array:
-    """`value` in the dtype of `like`, NaN where it is not positive."""
+    """`value` in the dtype of `like`, NaN where it is not positive or not finite."""
     # Poison instead of raising: the value may be traced, and a host callback would make the program uncacheable.
     value = jnp.asarray(value).astype(like.dtype)
-    return jnp.where(value > 0, value, jnp.nan)
+    return jnp.where((value > 0) & (value < jnp.inf), value, jnp.nan)
 
 
 def _matmul(a: Array, b: Array) -> Array:
@@ -54,7 +54,7 @@ def _logits(state: Array, memories: Array, beta: ArrayLike) -> Array:
     return jnp.where(jnp.isfinite(logits), logits, jnp.nan)
 
 
-def energy(state: Float[Array, " d"], memories: Float[Array, "m d"], beta: Float[ArrayLike, ""]) -> Float[Array, ""]:
+def energy(state: Float[Array, " d"], memories: Float[Array, "m d"], beta: Real[ArrayLike, ""]) -> Float[Array, ""]:
     """Modern Hopfield energy E(x; X), Eq. (1), without a log M term.
 
     Returns: E(state) in the inputs' dtype; NaN if `beta` is not positive.
@@ -62,76 +62,98 @@ def energy(state: Float[Array, " d"], memories: Float[Array, "m d"], beta: Float
     Accuracy: absolute error of a few eps·(R² + log m / beta), R the largest norm: near a memory the two terms cancel.
     """
     logits = _logits(state, memories, beta)
-    return 0.5 * _matmul(state, state) - jax.nn.logsumexp(logits) / _positive(beta, memories)
+    return 0.5 * jnp.sum(state**2) - jax.nn.logsumexp(logits) / _positive(beta, memories)
 
 
-def log_weights(state: Float[Array, " d"], memories: Float[Array, "m d"], beta: Float[ArrayLike, ""]) -> Float[Array, " m"]:
+def log_weights(state: Float[Array, " d"], memories: Float[Array, "m d"], beta: Real[ArrayLike, ""]) -> Float[Array, " m"]:
     """Logarithms of the softmax weights, log p_μ(x): finite where the weights themselves underflow."""
     return jax.nn.log_softmax(_logits(state, memories, beta))
 
 
-def weights(state: Float[Array, " d"], memories: Float[Array, "m d"], beta: Float[ArrayLike, ""]) -> Float[Array, " m"]:
+def weights(state: Float[Array, " d"], memories: Float[Array, "m d"], beta: Real[ArrayLike, ""]) -> Float[Array, " m"]:
     """Softmax weights p(x) = softmax(β X x), Eq. (2): non-negative, summing to one."""
     return jax.nn.softmax(_logits(state, memories, beta))
 
 
-def update_map(state: Float[Array, " d"], memories: Float[Array, "m d"], beta: Float[ArrayLike, ""]) -> Float[Array, " d"]:
+def update_map(state: Float[Array, " d"], memories: Float[Array, "m d"], beta: Real[ArrayLike, ""]) -> Float[Array, " d"]:
     """Retrieval map T(x) = Xᵀ p(x), Eq. (2); its fixed points are the stationary points of the energy."""
     return _matmul(weights(state, memories, beta), memories)
 
 
-def gradient(state: Float[Array, " d"], memories: Float[Array, "m d"], beta: Float[ArrayLike, ""]) -> Float[Array, " d"]:
+def gradient(state: Float[Array, " d"], memories: Float[Array, "m d"], beta: Real[ArrayLike, ""]) -> Float[Array, " d"]:
     """Gradient of the energy, ∇E(x) = x − T(x)."""
     return state - update_map(state, memories, beta)
 
 
 def _centred(state: Array, memories: Array, beta: ArrayLike) -> tuple[Array, Array]:
-    """Weights p and memories about their mean T(x): variances from these lose nothing to cancellation."""
+    """Weights p and the memories about their mean T(x): an m × d array for every state, so only where a matrix is wanted anyway."""
     p = weights(state, memories, beta)
     return p, memories - _matmul(p, memories)[None]
 
 
-def hessian(state: Float[Array, " d"], memories: Float[Array, "m d"], beta: Float[ArrayLike, ""]) -> Float[Array, "d d"]:
+def _spread(p: Array, memories: Array) -> Array:
+    """Σ p_μ|ξ_μ − T|² = Σ p_μ|ξ_μ|² − |T|².
+
+    Taken about the heaviest memory: its own term is exactly zero, what is left has the size of the leakage, and nothing cancels.
+    """
+    top = jnp.argmax(p)
+    lead, off = memories[top], p.at[top].set(0.0)
+    squares = jnp.sum(memories**2, axis=1)
+    distances = squares + squares[top] - 2 * _matmul(memories, lead)
+    shift = _matmul(off, memories) - jnp.sum(off) * lead  # T − lead
+    return jnp.sum(off * distances) - jnp.sum(shift**2)
+
+
+def _deviations(p: Array, overlaps: Array) -> Array:
+    """ξ_μ·v − T·v."""
+    return overlaps - jnp.sum(p * overlaps)
+
+
+def hessian(state: Float[Array, " d"], memories: Float[Array, "m d"], beta: Real[ArrayLike, ""]) -> Float[Array, "d d"]:
     """Hessian H(x) = I − βC(x), Eq. (56), as a matrix: O(d²) memory. Prefer the product, trace or quadratic form."""
     p, centred = _centred(state, memories, beta)
     return jnp.eye(state.shape[0], dtype=state.dtype) - _positive(beta, memories) * _matmul(centred.T, p[:, None] * centred)
 
 
 def hessian_product(
-    state: Float[Array, " d"], vector: Float[Array, " d"], memories: Float[Array, "m d"], beta: Float[ArrayLike, ""]
+    state: Float[Array, " d"], vector: Float[Array, " d"], memories: Float[Array, "m d"], beta: Real[ArrayLike, ""]
 ) -> Float[Array, " d"]:
     """H(x) v in O(md), without the d × d matrix."""
-    p, centred = _centred(state, memories, beta)
-    return vector - _positive(beta, memories) * _matmul(p * _matmul(centred, vector), centred)
+    p = weights(state, memories, beta)
+    pull = p * _deviations(p, _matmul(memories, vector))
+    # Σ pull = 0 up to rounding, which the heaviest memory would amplify: measure the others from it.
+    covariance = _matmul(pull, memories) - jnp.sum(pull) * memories[jnp.argmax(p)]
+    return vector - _positive(beta, memories) * covariance
 
 
-def hessian_trace(state: Float[Array, " d"], memories: Float[Array, "m d"], beta: Float[ArrayLike, ""]) -> Float[Array, ""]:
+def hessian_trace(state: Float[Array, " d"], memories: Float[Array, "m d"], beta: Real[ArrayLike, ""]) -> Float[Array, ""]:
     """tr H(x) = d − β(Σ p_μ|ξ_μ|² − |T(x)|²); at a fixed point of unit-norm memories d − β(1 − |x*|²), Eq. (57)."""
-    p, centred = _centred(state, memories, beta)
-    return state.shape[0] - _positive(beta, memories) * _matmul(p, jnp.sum(centred**2, axis=1))
+    p = weights(state, memories, beta)
+    return state.shape[0] - _positive(beta, memories) * _spread(p, memories)
 
 
 def hessian_quadratic(
-    state: Float[Array, " d"], vector: Float[Array, " d"], memories: Float[Array, "m d"], beta: Float[ArrayLike, ""]
+    state: Float[Array, " d"], vector: Float[Array, " d"], memories: Float[Array, "m d"], beta: Real[ArrayLike, ""]
 ) -> Float[Array, ""]:
     """Quadratic form vᵀH(x)v = |v|² − β(Σ p_μ(ξ_μ·v)² − (T·v)²)."""
-    p, centred = _centred(state, memories, beta)
-    return _matmul(vector, vector) - _positive(beta, memories) * _matmul(p, _matmul(centred, vector) ** 2)
+    p = weights(state, memories, beta)
+    variance = jnp.sum(p * _deviations(p, _matmul(memories, vector)) ** 2)
+    return jnp.sum(vector**2) - _positive(beta, memories) * variance
 
 
-def sharpness(state: Float[Array, " d"], memories: Float[Array, "m d"], beta: Float[ArrayLike, ""]) -> Float[Array, ""]:
+def sharpness(state: Float[Array, " d"], memories: Float[Array, "m d"], beta: Real[ArrayLike, ""]) -> Float[Array, ""]:
     """Sharpness under infinitesimal rotations, S(x) = |x|² tr H − xᵀHx, Eq. (74).
 
     S is the mean of (Ax)ᵀH(Ax) over antisymmetric A with unit-variance entries (Lemma B.5), in u².
     """
-    p, centred = _centred(state, memories, beta)
-    square = _matmul(state, state)
+    p = weights(state, memories, beta)
+    square = jnp.sum(state**2)
+    radial = jnp.sum(p * _deviations(p, _matmul(memories, state)) ** 2)
     # The identity part of H gives exactly (d−1)|x|²; d and 1 are never subtracted from rounded numbers.
-    spread = square * jnp.sum(centred**2, axis=1) - _matmul(centred, state) ** 2
-    return (state.shape[0] - 1) * square - _positive(beta, memories) * _matmul(p, spread)
+    return (state.shape[0] - 1) * square - _positive(beta, memories) * (square * _spread(p, memories) - radial)
 
 
-def log_partition(memories: Float[Array, "m d"], beta: Float[ArrayLike, ""]) -> Float[Array, ""]:
+def log_partition(memories: Float[Array, "m d"], beta: Real[ArrayLike, ""]) -> Float[Array, ""]:
     """log Z of the Boltzmann density, Z = (2π/β)^{d/2} Σ exp(β|ξ_μ|²/2), Eq. (3)."""
     _check_memories(memories)
     beta = _positive(beta, memories)
@@ -139,7 +161,7 @@ def log_partition(memories: Float[Array, "m d"], beta: Float[ArrayLike, ""]) -> 
     return 0.5 * dim * (math.log(2 * math.pi) - jnp.log(beta)) + jax.nn.logsumexp(0.5 * beta * jnp.sum(memories**2, axis=1))
 
 
-def log_density(state: Float[Array, " d"], memories: Float[Array, "m d"], beta: Float[ArrayLike, ""]) -> Float[Array, ""]:
+def log_density(state: Float[Array, " d"], memories: Float[Array, "m d"], beta: Real[ArrayLike, ""]) -> Float[Array, ""]:
     """log p(x) of the Boltzmann density p ∝ exp(−βE), Eq. (3), a Gaussian mixture with weights tied to the norms.
 
     Accuracy: through the distances |x − ξ_μ|, so −βE and log Z, both of order βR², are never subtracted.
@@ -152,7 +174,7 @@ def log_density(state: Float[Array, " d"], memories: Float[Array, "m d"], beta: 
 
 
 def sample_boltzmann(
-    key: Key[Array, ""], memories: Float[Array, "m d"], beta: Float[ArrayLike, ""], shape: tuple[int, ...] = ()
+    key: Key[Array, ""], memories: Float[Array, "m d"], beta: Real[ArrayLike, ""], shape: tuple[int, ...] = ()
 ) -> Float[Array, "*shape d"]:
     """Exact draws from the Boltzmann density p ∝ exp(−βE), Eq. (3).
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Real
 
 from hopjax.energy import _centred, _check_state, _matmul, _positive, energy, gradient, update_map
 
@@ -161,7 +161,7 @@ def _solve_jvp(
 def fixed_point(
     start: Float[Array, " d"],
     memories: Float[Array, "m d"],
-    beta: Float[ArrayLike, ""],
+    beta: Real[ArrayLike, ""],
     *,
     method: Method = Newton(),
     tolerance: float | None = None,

@@ -15,14 +15,14 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, ArrayLike, Float, Key
+from jaxtyping import Array, ArrayLike, Float, Key, Real
 
 from hopjax.energy import _check_memories, _check_state, _logits, _matmul, _positive, gradient, sharpness, weights
 from hopjax.rotation import Law, Moves, PlanarLaw
 
 
 def energy_change(
-    state: Float[Array, " d"], before: Float[Array, "m1 d"], after: Float[Array, "m2 d"], beta: Float[ArrayLike, ""]
+    state: Float[Array, " d"], before: Float[Array, "m1 d"], after: Float[Array, "m2 d"], beta: Real[ArrayLike, ""]
 ) -> Float[Array, ""]:
     """Intrinsic forgetting ΔE(x) = E(x; after) − E(x; before), Eq. (4): positive where the state lost support.
 
@@ -38,14 +38,14 @@ def energy_change(
 
 
 def paired_energy_change(
-    state: Float[Array, " d"], memories: Float[Array, "m d"], moves: Float[Array, "m d"], beta: Float[ArrayLike, ""]
+    state: Float[Array, " d"], memories: Float[Array, "m d"], moves: Float[Array, "m d"], beta: Real[ArrayLike, ""]
 ) -> Float[Array, ""]:
     """ΔE(x) when every memory ξ_μ moves to ξ_μ + moves_μ: no two energies are subtracted, so small moves keep their digits."""
     p = weights(state, memories, beta)
     return energy_rise(p, _matmul(moves, state), beta)
 
 
-def energy_rise(p: Float[Array, " m"], shift: Float[Array, "*n m"], beta: Float[ArrayLike, ""]) -> Float[Array, "*n"]:
+def energy_rise(p: Float[Array, " m"], shift: Float[Array, "*n m"], beta: Real[ArrayLike, ""]) -> Float[Array, "*n"]:
     """ΔE = −β⁻¹ log Σ p_μ exp(β·shift_μ) of a state with softmax weights p when its overlap with ξ_μ changes by shift_μ.
 
     By log1p/expm1 where all exponents are below one, by log-sum-exp elsewhere. The state's norm must not change.
@@ -62,10 +62,10 @@ def energy_rise(p: Float[Array, " m"], shift: Float[Array, "*n m"], beta: Float[
 def second_order_rise(
     state: Float[Array, " d"],
     memories: Float[Array, "m d"],
-    beta: Float[ArrayLike, ""],
+    beta: Real[ArrayLike, ""],
     *,
-    epsilon: Float[ArrayLike, ""],
-    sigma: Float[ArrayLike, ""],
+    epsilon: Real[ArrayLike, ""],
+    sigma: Real[ArrayLike, ""],
 ) -> Float[Array, ""]:
     """Rotation-averaged rise ½ε²σ²[S(x) − (d−1) x·∇E(x)], Eqs. (8)-(9) with the gradient term; drops O(ε⁴).
 
@@ -139,10 +139,10 @@ def rotation_average(
     key: Key[Array, ""],
     state: Float[Array, " d"],
     memories: Float[Array, "m d"],
-    beta: Float[ArrayLike, ""],
+    beta: Real[ArrayLike, ""],
     *,
-    epsilon: Float[ArrayLike, ""],
-    sigma: Float[ArrayLike, ""],
+    epsilon: Real[ArrayLike, ""],
+    sigma: Real[ArrayLike, ""],
     draws: int = 2000,
     observable: Callable[[Array], Array] = _identity,
     estimator: Estimator = ControlVariate(),
@@ -200,10 +200,10 @@ def sample_rises(
     key: Key[Array, ""],
     state: Float[Array, " d"],
     memories: Float[Array, "m d"],
-    beta: Float[ArrayLike, ""],
+    beta: Real[ArrayLike, ""],
     *,
-    epsilon: Float[ArrayLike, ""],
-    sigma: Float[ArrayLike, ""],
+    epsilon: Real[ArrayLike, ""],
+    sigma: Real[ArrayLike, ""],
     draws: int,
     law: Law = PlanarLaw(),
 ) -> Float[Array, " draws"]:
@@ -216,10 +216,10 @@ def average_rise(
     key: Key[Array, ""],
     state: Float[Array, " d"],
     memories: Float[Array, "m d"],
-    beta: Float[ArrayLike, ""],
+    beta: Real[ArrayLike, ""],
     *,
-    epsilon: Float[ArrayLike, ""],
-    sigma: Float[ArrayLike, ""],
+    epsilon: Real[ArrayLike, ""],
+    sigma: Real[ArrayLike, ""],
     draws: int = 2000,
     estimator: Estimator = ControlVariate(),
     law: Law = PlanarLaw(),

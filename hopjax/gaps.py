@@ -15,7 +15,7 @@ Exact at any β, unlike `hopjax.asymptotics`. Source: arXiv:2605.27975, Eqs. (8)
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Float, Real
 
 from hopjax.cluster import _parameters, cluster_point, log_cluster_leakage, log_outlier_leakage, outlier_point
 
@@ -32,7 +32,7 @@ class Gap(NamedTuple):
         sign: sign of the gap, also where it underflows.
         log_gap: log|gap|, also where it underflows.
         log_scale: logarithm of the larger of the two leakage terms that were subtracted: the gap's error is at most
-            (16 eps · |log weight| · condition) of it, in float64 below 1e-12 while no weight is under 1e-308.
+            (16 eps · |log weight| · condition) of it, in float64 below 1e-12 while no weight is under 1e-308 and no condition above 100.
     """
 
     outlier: _Scalar
@@ -79,7 +79,7 @@ def _log1p_ratio(leak: Array) -> Array:
     return jnp.where(leak > 0, jnp.log1p(-safe) / safe, jnp.where(leak == 0, -1.0, jnp.nan))
 
 
-def energies(members: Float[ArrayLike, ""], cosine: Float[ArrayLike, ""], beta: Float[ArrayLike, ""]) -> Gap:
+def energies(members: Real[ArrayLike, ""], cosine: Real[ArrayLike, ""], beta: Real[ArrayLike, ""]) -> Gap:
     """Exact energies of the two fixed points and their gap E_o − E_c, of which Eqs. (75), (78), (80), (82) are the first order."""
     members, cosine, beta = _parameters(members, cosine, beta)
     leak = _leakage(members, cosine, beta)
@@ -105,7 +105,7 @@ def energies(members: Float[ArrayLike, ""], cosine: Float[ArrayLike, ""], beta: 
     )
 
 
-def sharpnesses(members: Float[ArrayLike, ""], cosine: Float[ArrayLike, ""], beta: Float[ArrayLike, ""], dim: Float[ArrayLike, ""]) -> Gap:
+def sharpnesses(members: Real[ArrayLike, ""], cosine: Real[ArrayLike, ""], beta: Real[ArrayLike, ""], dim: Real[ArrayLike, ""]) -> Gap:
     """Exact sharpness S (74) of the two fixed points and the gap S_o − S_c, which (71)-(73), (79), (81), (83) expand.
 
     Times ½ε²σ² these are the rotation-averaged rises of Theorem 4.1 at second order, Eq. (9).
@@ -164,7 +164,7 @@ class ReplayLogWeights(NamedTuple):
     outlier_cluster: _Scalar
 
 
-def replay_log_weights(members: Float[ArrayLike, ""], cosine: Float[ArrayLike, ""], beta: Float[ArrayLike, ""]) -> ReplayLogWeights:
+def replay_log_weights(members: Real[ArrayLike, ""], cosine: Real[ArrayLike, ""], beta: Real[ArrayLike, ""]) -> ReplayLogWeights:
     """Replay weights at the two fixed points: the softmax weights themselves, as the replayed sample is a stored memory."""
     at_outlier, at_cluster = outlier_point(members, cosine, beta), cluster_point(members, cosine, beta)
     return ReplayLogWeights(at_outlier.log_self, at_cluster.log_self, at_cluster.log_other, at_cluster.log_outlier, at_outlier.log_member)

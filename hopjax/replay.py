@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Key
+from jaxtyping import Array, ArrayLike, Float, Key, Real
 
 from hopjax.energy import _check_state, _logits, _matmul, _positive
 from hopjax.forgetting import ControlVariate, Estimate, Estimator, rotation_average
@@ -21,14 +21,15 @@ from hopjax.rotation import Law, PlanarLaw
 
 
 def log_replay_weight(
-    state: Float[Array, " d"], replayed: Float[Array, " d"], memories: Float[Array, "m d"], beta: Float[ArrayLike, ""]
+    state: Float[Array, " d"], replayed: Float[Array, " d"], memories: Float[Array, "m d"], beta: Real[ArrayLike, ""]
 ) -> Float[Array, ""]:
     """log π, π = exp(β z·x)/Σ_μ exp(β ξ_μ·x), Eq. (86): may be positive for a z that is no memory."""
+    _check_state(state, memories)
     _check_state(replayed, memories)
     return _positive(beta, memories) * _matmul(replayed, state) - jax.nn.logsumexp(_logits(state, memories, beta))
 
 
-def raw_gain(log_weight: Float[Array, "*s"], rise: Float[Array, "*s"], beta: Float[ArrayLike, ""]) -> Float[Array, "*s"]:
+def raw_gain(log_weight: Float[Array, "*s"], rise: Float[Array, "*s"], beta: Real[ArrayLike, ""]) -> Float[Array, "*s"]:
     """G_raw = E(x; X₂) − E(x; X₂ ∪ {z}) = β⁻¹ log(1 + π e^{βΔE}), Eqs. (87) and (91), exact.
 
     Args:
@@ -39,12 +40,12 @@ def raw_gain(log_weight: Float[Array, "*s"], rise: Float[Array, "*s"], beta: Flo
     return jax.nn.softplus(log_weight + beta * rise) / beta
 
 
-def baseline_gain(log_weight: Float[Array, "*s"], beta: Float[ArrayLike, ""]) -> Float[Array, "*s"]:
+def baseline_gain(log_weight: Float[Array, "*s"], beta: Real[ArrayLike, ""]) -> Float[Array, "*s"]:
     """β⁻¹ log(1 + π), Eq. (92): what duplicating a stored memory gives without any forgetting."""
     return jax.nn.softplus(log_weight) / _positive(beta, log_weight)
 
 
-def gain(log_weight: Float[Array, "*s"], rise: Float[Array, "*s"], beta: Float[ArrayLike, ""]) -> Float[Array, "*s"]:
+def gain(log_weight: Float[Array, "*s"], rise: Float[Array, "*s"], beta: Real[ArrayLike, ""]) -> Float[Array, "*s"]:
     """Baseline-subtracted replay gain G = β⁻¹ log[(1 + π e^{βΔE})/(1 + π)], Eqs. (14) and (93), exact.
 
     Accuracy: a few eps relative for |βΔE| < 1, where it is β⁻¹ log1p(χ expm1(βΔE)); of β|ΔE| elsewhere.
@@ -62,14 +63,14 @@ def susceptibility(log_weight: Float[Array, "*s"]) -> Float[Array, "*s"]:
     return jax.nn.sigmoid(log_weight)
 
 
-def second_order_gain(log_weight: Float[Array, "*s"], rise: Float[Array, "*s"], beta: Float[ArrayLike, ""]) -> Float[Array, "*s"]:
+def second_order_gain(log_weight: Float[Array, "*s"], rise: Float[Array, "*s"], beta: Real[ArrayLike, ""]) -> Float[Array, "*s"]:
     """χΔE + ½βχ(1−χ)ΔE², Eq. (96); drops O(β²ΔE³)."""
     chi = susceptibility(log_weight)
     return chi * rise + 0.5 * _positive(beta, log_weight) * chi * (1 - chi) * rise**2
 
 
 def log_weight_matrix(
-    targets: Float[Array, "t d"], replayed: Float[Array, "z d"], memories: Float[Array, "m d"], beta: Float[ArrayLike, ""]
+    targets: Float[Array, "t d"], replayed: Float[Array, "z d"], memories: Float[Array, "m d"], beta: Real[ArrayLike, ""]
 ) -> Float[Array, "t z"]:
     """log π of every replayed sample (column) at every target (row)."""
     by_sample = jax.vmap(log_replay_weight, in_axes=(None, 0, None, None))
@@ -81,7 +82,7 @@ def gain_matrix(
     replayed: Float[Array, "z d"],
     memories: Float[Array, "m d"],
     rises: Float[Array, " t"],
-    beta: Float[ArrayLike, ""],
+    beta: Real[ArrayLike, ""],
 ) -> Float[Array, "t z"]:
     """Exact gain (93) of every target (row) from every replayed sample (column), given the targets' energy rises."""
     log_pi = log_weight_matrix(targets, replayed, memories, beta)
@@ -93,10 +94,10 @@ def average_gain(
     state: Float[Array, " d"],
     replayed: Float[Array, "z d"],
     memories: Float[Array, "m d"],
-    beta: Float[ArrayLike, ""],
+    beta: Real[ArrayLike, ""],
     *,
-    epsilon: Float[ArrayLike, ""],
-    sigma: Float[ArrayLike, ""],
+    epsilon: Real[ArrayLike, ""],
+    sigma: Real[ArrayLike, ""],
     draws: int = 2000,
     estimator: Estimator = ControlVariate(),
     law: Law = PlanarLaw(),

@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol, TypeVar, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Key
+from jaxtyping import Array, ArrayLike, Float, Key, Real
 
 from hopjax.energy import _check_state, _matmul
 
@@ -48,14 +48,14 @@ def displacement(dim: int, epsilon: float, sigma: float) -> float:
 
 
 def antisymmetric(
-    key: Key[Array, ""], dim: int, sigma: Float[ArrayLike, ""] = 1.0, *, dtype: jnp.dtype | type = float
+    key: Key[Array, ""], dim: int, sigma: Real[ArrayLike, ""] = 1.0, *, dtype: jnp.dtype | type = float
 ) -> Float[Array, "d d"]:
     """A random A with Aᵀ = −A and iid N(0, σ²) above the diagonal, Eq. (6)."""
     upper = jnp.triu(jax.random.normal(key, (dim, dim), dtype), 1)
     return (upper - upper.T) * jnp.asarray(sigma).astype(upper.dtype)
 
 
-def rotation(generator: Float[Array, "d d"], epsilon: Float[ArrayLike, ""]) -> Float[Array, "d d"]:
+def rotation(generator: Float[Array, "d d"], epsilon: Real[ArrayLike, ""]) -> Float[Array, "d d"]:
     """R = exp(εA), a rotation for antisymmetric A, Eq. (6)."""
     return jax.scipy.linalg.expm(generator * jnp.asarray(epsilon).astype(generator.dtype))
 
@@ -103,8 +103,8 @@ def _taylor_remainder(angle: float, order: int) -> float:
 def planar_rotation(
     key: Key[Array, ""],
     dim: int,
-    epsilon: Float[ArrayLike, ""],
-    sigma: Float[ArrayLike, ""],
+    epsilon: Real[ArrayLike, ""],
+    sigma: Real[ArrayLike, ""],
     shape: tuple[int, ...] = (),
     *,
     size: int | None = None,
@@ -124,6 +124,15 @@ def planar_rotation(
 
     Raises: ValueError for `dim < 2`, a size outside its bounds, or no `angle` where epsilon or sigma is traced.
     """
+    angle, size = _block(dim, epsilon, sigma, angle, size, dtype)
+    chi_squares = jax.random.chisquare(key, _freedoms(dim, size, dtype), (*shape, size - 1), dtype)
+    return _planar(chi_squares, dim, epsilon, sigma, angle)
+
+
+def _block(
+    dim: int, epsilon: ArrayLike, sigma: ArrayLike, angle: float | None, size: int | None, dtype: jnp.dtype | type
+) -> tuple[float, int]:
+    """The bound on the angle and the number of Lanczos vectors, given or by default, and checked."""
     if dim < 2:
         raise ValueError(f"dim={dim}: rotations need at least 2 dimensions")
     if angle is None:
@@ -134,9 +143,19 @@ def planar_rotation(
     size = lanczos_size(dim, angle, dtype) if size is None else size
     if not 2 <= size <= dim:
         raise ValueError(f"size={size} Lanczos vectors: need 2 ≤ size ≤ dim={dim}")
+    return angle, size
+
+
+def _freedoms(dim: int, size: int, dtype: jnp.dtype | type) -> Array:
+    """Degrees of freedom d − 1, d − 2, … of the block's size − 1 entries."""
+    return jnp.asarray(range(dim - 1, dim - size, -1), dtype)
+
+
+def _planar(chi_squares: Array, dim: int, epsilon: ArrayLike, sigma: ArrayLike, angle: float) -> Planar:
+    """The plane rotation of the tridiagonal block with squared entries σ²·chi_squares (last axis)."""
+    dtype, shape, size = chi_squares.dtype, chi_squares.shape[:-1], chi_squares.shape[-1] + 1
     epsilon, sigma = (jnp.asarray(value).astype(dtype) for value in (epsilon, sigma))
-    freedom = jnp.asarray(range(dim - 1, dim - size, -1), dtype)
-    entries = sigma * jnp.sqrt(jax.random.chisquare(key, freedom, (*shape, size - 1), dtype))
+    entries = sigma * jnp.sqrt(chi_squares)
     covered = generator_bound(dim, jnp.abs(epsilon), sigma) <= angle * (1 + 1e-3)
     stages = max(1, math.ceil(angle))
     terms = 2
@@ -183,7 +202,7 @@ class Law(Protocol):
     """A way of drawing rotations of a state: `sampler` does the work that the draws share."""
 
     def sampler(
-        self, state: Float[Array, " d"], memories: Float[Array, "m d"], *, epsilon: Float[ArrayLike, ""], sigma: Float[ArrayLike, ""]
+        self, state: Float[Array, " d"], memories: Float[Array, "m d"], *, epsilon: Real[ArrayLike, ""], sigma: Real[ArrayLike, ""]
     ) -> Callable[[Key[Array, ""], int], Moves]: ...
 
 
@@ -192,7 +211,7 @@ class DenseLaw:
     """A drawn in full and exponentiated: O(d³) a draw and O(nd²) memory. The reference for `PlanarLaw`."""
 
     def sampler(
-        self, state: Float[Array, " d"], memories: Float[Array, "m d"], *, epsilon: Float[ArrayLike, ""], sigma: Float[ArrayLike, ""]
+        self, state: Float[Array, " d"], memories: Float[Array, "m d"], *, epsilon: Real[ArrayLike, ""], sigma: Real[ArrayLike, ""]
     ) -> Callable[[Key[Array, ""], int], Moves]:
         """See `Law`. Raises ValueError for shapes or dtypes that do not fit."""
         _check_state(state, memories)
@@ -220,11 +239,12 @@ class PlanarLaw:
     angle: float | None = None
 
     def sampler(
-        self, state: Float[Array, " d"], memories: Float[Array, "m d"], *, epsilon: Float[ArrayLike, ""], sigma: Float[ArrayLike, ""]
+        self, state: Float[Array, " d"], memories: Float[Array, "m d"], *, epsilon: Real[ArrayLike, ""], sigma: Real[ArrayLike, ""]
     ) -> Callable[[Key[Array, ""], int], Moves]:
         """See `Law`. Raises ValueError for shapes or dtypes that do not fit, or d < 2."""
         _check_state(state, memories)
         count, dim = memories.shape
+        angle, size = _block(dim, epsilon, sigma, self.angle, self.size, state.dtype)
         norm = jnp.linalg.norm(state)
         direction = state / jnp.where(norm > 0, norm, 1)
         overlaps = _matmul(memories, state)
@@ -233,22 +253,19 @@ class PlanarLaw:
         projected = count < dim
         factor = jnp.linalg.qr(across.T, mode="r").T if projected else across
 
-        def directions(key: Array, n: int) -> Array:
-            """ξ_μ·v for v uniform on the unit sphere of the state's orthogonal complement."""
-            inside, outside = jax.random.split(key)
-            gauss = jax.random.normal(inside, (n, factor.shape[1]), state.dtype)
-            if projected:
-                freedom = dim - 1 - count
-                rest = jax.random.chisquare(outside, float(freedom), (n,), state.dtype) if freedom else jnp.zeros(n, state.dtype)
-            else:
-                gauss = gauss - _matmul(gauss, direction)[:, None] * direction[None]
-                rest = jnp.zeros(n, state.dtype)
-            return _matmul(gauss, factor.T) / jnp.sqrt(jnp.sum(gauss**2, axis=1) + rest)[:, None]
-
         def draw(key: Array, n: int) -> Moves:
-            plane, angle = jax.random.split(key)
-            across_plane = norm * directions(plane, n)
-            planar = planar_rotation(angle, dim, epsilon, sigma, (n,), size=self.size, angle=self.angle, dtype=state.dtype)
+            direction_key, chi_key = jax.random.split(key)
+            gauss = jax.random.normal(direction_key, (n, factor.shape[1]), state.dtype)
+            # One call for the block's entries and, where v is projected, its length outside the memories' span: each compiles for long.
+            freedoms = _freedoms(dim, size, state.dtype)
+            if outside := dim - 1 - count if projected else 0:
+                freedoms = jnp.append(freedoms, jnp.asarray(outside, state.dtype))
+            chi_squares = jax.random.chisquare(chi_key, freedoms, (n, freedoms.shape[0]), state.dtype)
+            if not projected:
+                gauss = gauss - _matmul(gauss, direction)[:, None] * direction[None]
+            square = jnp.sum(gauss**2, axis=1) + (chi_squares[:, -1] if outside else 0.0)
+            across_plane = norm * _matmul(gauss, factor.T) / jnp.sqrt(square)[:, None]  # |x| ξ_μ·v, v uniform on the sphere of x^⊥
+            planar = _planar(chi_squares[:, : size - 1], dim, epsilon, sigma, angle)
             versine, sine, speed = (part[:, None] for part in planar)
             inward = versine * overlaps[None]
             return Moves(sine * across_plane - inward, -sine * across_plane - inward, speed * across_plane, -(speed**2) * overlaps[None])
