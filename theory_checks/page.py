@@ -1,0 +1,34 @@
+"""The report as one page to read: self-contained, without scripts, made from the JSON and its figures."""
+
+import base64
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from theory_checks.figures import Drawn
+from theory_checks.report import BEYOND, SECTIONS, headline, number
+from theory_checks.show import summary_line
+
+
+def render(report: Mapping[str, Any], drawn: Drawn) -> str:
+    """The page's HTML."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"number": number, "headline": headline}
+    titles = [title for title, *_ in SECTIONS] + [BEYOND]
+    sections = [(title, [entry for entry in report["claims"] if entry["section"] == title]) for title in titles]
+    # As images, not inline: the ids inside two figures may be the same.
+    pictures = {name: "data:image/svg+xml;base64," + base64.b64encode(svg).decode() for name, svg in drawn.svg.items()}
+    return environment.get_template("report.html.jinja").render(
+        report=report,
+        sections=[(title, entries) for title, entries in sections if entries],
+        pictures=pictures,
+        summary=summary_line(report),
+    )

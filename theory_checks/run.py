@@ -1,0 +1,233 @@
+"""Running checks: which ones, with what setting, two at a time.
+
+Checks run in processes, not threads: mpmath and python-flint keep their working precision in a global, so two checks in one process could
+change each other's digits. A check's result depends on its setting alone, never on what runs beside it.
+"""
+
+import difflib
+import fnmatch
+import importlib
+import multiprocessing
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any, NamedTuple, Self, TypeVar
+
+import numpy as np
+
+from theory_checks.claim import PRESETS, REGISTRY, Claim, Finding, Measurement, Preset, Setting
+
+# Modules that register claims, in the order of the paper.
+MODULES = (
+    "density",
+    "rotations",
+    "fixed_points",
+    "onset",
+    "localisation",
+    "weights",
+    "curvature",
+    "theorem_4_1",
+    "sharpness",
+    "replay_identity",
+    "theorem_5_1",
+    "correspondence",
+    "synthetic",
+    "digits",
+)
+
+
+def load() -> Mapping[str, Claim]:
+    """All claims of the paper that are checked, by name."""
+    for module in MODULES:
+        importlib.import_module(f"theory_checks.{module}")
+    return REGISTRY
+
+
+def select(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    """The names that match a pattern, all of them if there is none, in their order.
+
+    Raises: ValueError naming a pattern that matches nothing, and the names closest to it.
+    """
+    names = list(names)
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            near = difflib.get_close_matches(pattern, names, n=4, cutoff=0.4) or [name for name in names if pattern.strip("*?") in name][:4]
+            hint = f"did you mean {', '.join(near)}?" if near else "--list names them all"
+            raise ValueError(f"no claim is named {pattern!r}: {hint}")
+    return [name for name in names if not patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+class Job(NamedTuple):
+    """One check to run: a claim's name, the preset's name ("" for a claim that is run once), and the setting."""
+
+    claim: str
+    preset: str
+    setting: Setting
+
+    @property
+    def title(self) -> str:
+        return f"{self.claim} ({self.preset})" if self.preset else self.claim
+
+
+def jobs(claims: Iterable[Claim], presets: Sequence[Preset], seed: int, rotations: int) -> list[Job]:
+    """What to run. A claim that is run once gets the first of all presets, whichever are asked for, and must not look at it."""
+    always = next(iter(PRESETS.values()))
+    return [
+        Job(claim.name, preset.name if claim.per_preset else "", Setting(preset, seed, rotations))
+        for claim in claims
+        for preset in (presets if claim.per_preset else (always,))
+    ]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a job: a finding, or what was raised instead, in one line."""
+
+    job: Job
+    finding: Finding | None
+    error: str
+    seconds: float
+
+    @property
+    def verdict(self) -> str:
+        return "error" if self.finding is None else "holds" if self.finding.passed else "fails"
+
+
+def _plain(value: Any) -> Any:
+    """Numbers, strings, None, lists and dicts; NumPy's and JAX's values become Python's."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    if isinstance(value, np.generic) or hasattr(value, "__array__"):
+        return _plain(np.asarray(value).tolist())
+    raise TypeError(f"series hold numbers, strings, None, lists and dicts, not {type(value).__name__}")
+
+
+def measure(job: Job) -> Outcome:
+    """Runs one check. What it raises is reported, so that the others go on."""
+    start = time.perf_counter()
+    finding, error = None, ""
+    try:
+        found = load()[job.claim].check(job.setting)
+        if not found.measurements:
+            raise ValueError("nothing was measured")
+        measurements = [
+            Measurement(str(what), float(value), relation, float(bound), float(false_alarm))
+            for what, value, relation, bound, false_alarm in found.measurements
+        ]
+        finding = Finding(measurements, _plain(found.series), found.note)
+    except (Exception, SystemExit) as exception:
+        error = " ".join(f"{type(exception).__name__}: {exception}".split())[:300]
+    return Outcome(job, finding, error, time.perf_counter() - start)
+
+
+# ---- Processes ---------------------------------------------------------------------------------------------------------
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+class Lost(NamedTuple):
+    """Stands for a result whose process ended before it was there."""
+
+    status: int | None
+
+
+def _serve(pipe: Connection, prepare: Callable[[], None]) -> None:
+    """What a worker does: calls what comes through the pipe until it closes."""
+    prepare()
+    load()
+    try:
+        while True:
+            function, task = pipe.recv()
+            pipe.send(function(task))
+    except (EOFError, OSError):  # the parent is gone
+        return
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+class _Worker:
+    def __init__(self, prepare: Callable[[], None]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, prepare), daemon=True)
+        with _interrupts_ignored():  # and so in the child: Ctrl-C is the parent's to handle
+            self.process.start()
+        theirs.close()
+
+    def stop(self) -> None:
+        self.pipe.close()
+        self.process.terminate()
+        self.process.join()
+
+
+class Pool:
+    """Processes that run tasks; none means this one.
+
+    Args:
+        workers: how many processes.
+        prepare: configures each.
+    """
+
+    def __init__(self, workers: int, prepare: Callable[[], None]) -> None:
+        self._prepare = prepare
+        self._workers = [_Worker(prepare) for _ in range(workers)]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers:
+            worker.stop()
+
+    def map(
+        self, function: Callable[[Task], Result], tasks: Iterable[Task], started: Callable[[Task], None] = lambda task: None
+    ) -> Iterator[tuple[Task, Result | Lost]]:
+        """Tasks and their results in the order in which these come; `started` is called with each task that begins."""
+        pending = deque(tasks)
+        if not self._workers:
+            for task in pending:
+                started(task)
+                yield task, function(task)
+            return
+        busy: dict[Any, tuple[_Worker, Task]] = {}
+        while pending or busy:
+            for place, worker in enumerate(self._workers):
+                if worker.pipe not in busy and pending:
+                    # From both ends: neighbours, which may share work that a process keeps, stay together.
+                    task = pending.pop() if place % 2 else pending.popleft()
+                    busy[worker.pipe] = worker, task
+                    with suppress(OSError):  # a process that has ended shows when its result is asked for
+                        worker.pipe.send((function, task))
+                    started(task)
+            for pipe in wait(list(busy)):
+                worker, task = busy.pop(pipe)
+                try:
+                    yield task, worker.pipe.recv()
+                except (EOFError, OSError):
+                    worker.stop()
+                    self._workers[self._workers.index(worker)] = _Worker(self._prepare)
+                    yield task, Lost(worker.process.exitcode)
+
+
+def execute(pool: Pool, jobs: Sequence[Job], started: Callable[[Job], None]) -> Iterator[Outcome]:
+    """Outcomes in the order in which they come."""
+    for job, outcome in pool.map(measure, jobs, started):
+        yield (
+            Outcome(job, None, f"the process that ran it ended with status {outcome.status}", 0.0) if isinstance(outcome, Lost) else outcome
+        )
