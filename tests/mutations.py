@@ -1,0 +1,303 @@
+"""Breaks hopjax on purpose, one formula at a time, and runs the tests that must notice: `python -m tests.mutations [--list]`.
+
+Each mutation is made in a temporary copy of the package, never in the checkout. Exit status 1 if any survives.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Mutation(NamedTuple):
+    """`old` occurs once in hopjax/`module`.py and becomes `new`; `test` (file::test) must then fail."""
+
+    what: str
+    module: str
+    old: str
+    new: str
+    test: str
+
+
+MUTATIONS = (
+    Mutation(
+        "energy: ½|x|² with the wrong half",
+        "energy",
+        "return 0.5 * jnp.sum(state**2) -",
+        "return jnp.sum(state**2) -",
+        "test_energy.py::test_derivatives_are_derivatives",
+    ),
+    Mutation(
+        "Hessian: β² for β",
+        "energy",
+        "dtype=state.dtype) - _positive(beta, memories) *",
+        "dtype=state.dtype) - _positive(beta, memories) ** 2 *",
+        "test_energy.py::test_derivatives_are_derivatives",
+    ),
+    Mutation(
+        "Hessian quadratic form: missing square",
+        "energy",
+        "variance = jnp.sum(p * _deviations(p, _matmul(memories, vector)) ** 2)",
+        "variance = jnp.sum(p * _deviations(p, _matmul(memories, vector)))",
+        "test_energy.py::test_derivatives_are_derivatives",
+    ),
+    Mutation(
+        "sharpness: d for d − 1",
+        "energy",
+        "return (state.shape[0] - 1) * square",
+        "return state.shape[0] * square",
+        "test_energy.py::test_derivatives_are_derivatives",
+    ),
+    Mutation(
+        "Z: β|ξ|² for β|ξ|²/2",
+        "energy",
+        "jax.nn.logsumexp(0.5 * beta * jnp.sum(memories**2, axis=1))",
+        "jax.nn.logsumexp(beta * jnp.sum(memories**2, axis=1))",
+        "test_energy.py::test_partition_function_is_the_integral",
+    ),
+    Mutation(
+        "samples: noise β for β^{−1/2}",
+        "energy",
+        "memories.dtype) / jnp.sqrt(beta)",
+        "memories.dtype) / beta",
+        "test_energy.py::test_samples_follow_the_density",
+    ),
+    Mutation(
+        "β = ∞ is let through",
+        "energy",
+        "(value > 0) & (value < jnp.inf)",
+        "value > 0",
+        "test_energy.py::test_a_beta_that_is_no_temperature_gives_nan",
+    ),
+    Mutation(
+        "implicit gradient: H⁻¹ left out",
+        "fixed_point",
+        "tangent = _hessian_solve(result.state, moved, memories, beta)",
+        "tangent = moved",
+        "test_fixed_point.py::test_derivatives_of_the_curie_weiss_magnet",
+    ),
+    Mutation(
+        "Newton never taken",
+        "fixed_point",
+        "candidate_residual <= 0.25 * residual",
+        "candidate_residual <= 0 * residual",
+        "test_fixed_point.py::test_newton_is_fast_at_the_onset",
+    ),
+    Mutation(
+        "outlier: K for K − 1",
+        "cluster",
+        "total = 1 + (members - 1) * cosine  #",
+        "total = 1 + members * cosine  #",
+        "test_cluster.py::test_bisection_along_the_branch_finds_the_same_outlier",
+    ),
+    Mutation(
+        "cluster member: K for K − 1",
+        "cluster",
+        "alignment = 1 + (members - 1) * cosine * jnp.exp(-v)",
+        "alignment = 1 + members * cosine * jnp.exp(-v)",
+        "test_cluster.py::test_branches_end_at_their_folds",
+    ),
+    Mutation(
+        "outlier branch past its fold",
+        "cluster",
+        "jnp.where(beyond | (root <= -log_members), root, jnp.nan)",
+        "root",
+        "test_cluster.py::test_branches_end_at_their_folds",
+    ),
+    Mutation(
+        "onset: K − 1 for K",
+        "cluster",
+        "value = v + members * v / jnp.expm1(v)",
+        "value = v + (members - 1) * v / jnp.expm1(v)",
+        "test_cluster.py::test_the_onset_is_the_minimum_of_the_printed_curve",
+    ),
+    Mutation(
+        "strong: log K − log β",
+        "cluster",
+        "needed = jnp.log(members) + jnp.log(beta)",
+        "needed = jnp.log(members) - jnp.log(beta)",
+        "test_cluster.py::test_regimes_are_their_definitions",
+    ),
+    Mutation(
+        "energy gap: sign of the square",
+        "gaps",
+        "(_log1p_ratio(leak.outlier) / beta + square)",
+        "(_log1p_ratio(leak.outlier) / beta - square)",
+        "test_gaps.py::test_gaps_agree_with_many_digits",
+    ),
+    Mutation(
+        "sharpness gap: d for d − 1",
+        "gaps",
+        "tangent = jnp.asarray(dim).astype(beta.dtype) - 1",
+        "tangent = jnp.asarray(dim).astype(beta.dtype)",
+        "test_gaps.py::test_known_sharpnesses",
+    ),
+    Mutation(
+        "first-order sharpness: 1 − s for 1 + s",
+        "asymptotics",
+        "beta).astype(off_weights.dtype) * (1 + similarities)",
+        "beta).astype(off_weights.dtype) * (1 - similarities)",
+        "test_asymptotics.py::test_first_orders_are_the_two_points",
+    ),
+    Mutation(
+        "asymptotic rise: ε² for ½ε²",
+        "asymptotics",
+        "scale = 0.5 * jnp.square",
+        "scale = jnp.square",
+        "test_asymptotics.py::test_gaps_are_differences",
+    ),
+    Mutation(
+        "planar law: χ of one degree too many",
+        "rotation",
+        "range(dim - 1, dim - size, -1)",
+        "range(dim, dim - size + 1, -1)",
+        "test_rotation.py::test_in_the_plane_the_angle_is_the_entry",
+    ),
+    Mutation(
+        "planar law: the rest of v one degree short",
+        "rotation",
+        "freedom = dim - 1 - count",
+        "freedom = max(dim - 2 - count, 0)",
+        "test_rotation.py::test_the_two_laws_agree",
+    ),
+    Mutation(
+        "second-order rise: gradient term dropped",
+        "forgetting",
+        "(sharpness(state, memories, beta) - (state.shape[0] - 1) * slope)",
+        "(sharpness(state, memories, beta) - 0 * slope)",
+        "test_forgetting.py::test_second_order_is_the_curvature_of_the_average",
+    ),
+    Mutation(
+        "rise: sign",
+        "forgetting",
+        "return -jnp.where(small, near, far) / beta",
+        "return jnp.where(small, near, far) / beta",
+        "test_forgetting.py::test_both_branches_of_the_rise_and_its_slope",
+    ),
+    Mutation(
+        "control variate: its mean not put back",
+        "forgetting",
+        "- (control - control_mean)",
+        "- control",
+        "test_forgetting.py::test_estimates_are_unbiased",
+    ),
+    Mutation(
+        "control variate: the curvature without β",
+        "forgetting",
+        "(beta * variance + _matmul(moves.centripetal, p))",
+        "(variance + _matmul(moves.centripetal, p))",
+        "test_forgetting.py::test_the_residual_of_the_control_variate_is_of_fourth_order",
+    ),
+    Mutation(
+        "standard error: a variance",
+        "forgetting",
+        "jnp.sqrt(variance / pairs)",
+        "variance / pairs",
+        "test_forgetting.py::test_standard_errors_are_the_spread_of_the_estimates",
+    ),
+    Mutation(
+        "χ without the 1 + π",
+        "replay",
+        "return jax.nn.sigmoid(log_weight)",
+        "return jnp.exp(log_weight)",
+        "test_replay.py::test_laws_of_the_gain",
+    ),
+    Mutation(
+        "second-order gain: β² for β",
+        "replay",
+        "0.5 * _positive(beta, log_weight) * chi",
+        "0.5 * _positive(beta, log_weight) ** 2 * chi",
+        "test_replay.py::test_second_order_drops_the_third",
+    ),
+    Mutation(
+        "raw gain: rise not multiplied by β",
+        "replay",
+        "jax.nn.softplus(log_weight + beta * rise)",
+        "jax.nn.softplus(log_weight + rise)",
+        "test_replay.py::test_raw_gain_is_the_energy_of_one_more_memory",
+    ),
+    Mutation(
+        "score: scale left out",
+        "correspondence",
+        "mean = jnp.asarray(scale).astype(state.dtype) * posterior_mean",
+        "mean = posterior_mean",
+        "test_correspondence.py::test_mixtures_agree_with_fifty_digits",
+    ),
+    Mutation(
+        "signal to noise: square root",
+        "correspondence",
+        "return alphas_cumprod / (1 - alphas_cumprod)",
+        "return jnp.sqrt(alphas_cumprod) / (1 - alphas_cumprod)",
+        "test_correspondence.py::test_the_linear_schedule",
+    ),
+)
+
+
+def copy(folder: Path) -> None:
+    for name in ("hopjax", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+
+
+def run_tests(folder: Path, tests: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """The copy's tests on the copy's package: the working directory comes before the environment's packages."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "--tb=no", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command += [f"tests/hopjax/{test}" for test in dict.fromkeys(tests)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_") and name != "PYTHONPATH"}
+    return subprocess.run(command, cwd=folder, env=environment | {"PYTHONPATH": str(folder)}, capture_output=True, text=True, check=False)
+
+
+def survives(mutation: Mutation) -> str:
+    """Empty if the test fails as it must; otherwise what happened instead."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        copy(folder)
+        path = folder / "hopjax" / f"{mutation.module}.py"
+        source = path.read_text()
+        if source.count(mutation.old) != 1:
+            return f"its formula occurs {source.count(mutation.old)} times in hopjax/{mutation.module}.py"
+        path.write_text(source.replace(mutation.old, mutation.new))
+        result = run_tests(folder, [mutation.test])
+        # pytest's 1 is a failed test; an error in a fixture or at import would also be 1 or 2, but is no kill.
+        if result.returncode == 1 and re.search(r"\d+ failed", result.stdout):
+            return ""
+        return f"pytest exited with {result.returncode}: {(result.stdout + result.stderr).strip()[-200:]}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--list", action="store_true", help="print the mutations and the tests that must notice")
+    parser.add_argument("--workers", type=int, default=2, help="mutations tried at a time (default 2)")
+    parser.add_argument("names", nargs="*", help="only mutations whose description contains one of these")
+    options = parser.parse_args(arguments)
+    chosen = [mutation for mutation in MUTATIONS if not options.names or any(name in mutation.what for name in options.names)]
+    if options.list:
+        for mutation in chosen:
+            print(f"{mutation.what}: {mutation.test}")
+        return 0
+    with tempfile.TemporaryDirectory() as name:  # a test that fails anyway kills nothing
+        copy(Path(name))
+        result = run_tests(Path(name), [mutation.test for mutation in chosen])
+        if result.returncode:
+            print(f"the tests fail without a mutation:\n{result.stdout}{result.stderr}")
+            return 1
+    survivors = 0
+    with ThreadPoolExecutor(options.workers) as pool:
+        for count, (mutation, trouble) in enumerate(zip(chosen, pool.map(survives, chosen), strict=True), 1):
+            survivors += bool(trouble)
+            print(f"[{count}/{len(chosen)}] {'SURVIVED' if trouble else 'killed'} {mutation.what}: {trouble or mutation.test}", flush=True)
+    print(f"{len(chosen) - survivors} of {len(chosen)} mutations killed")
+    return int(survivors > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
