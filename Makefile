@@ -43,7 +43,7 @@ help: ## list the targets
 
 .PHONY: verify
 verify: $(VENV)/.theory ## check the theory's claims numerically (python -m theory_checks)
-	@$(VENV)/bin/python -m theory_checks $(ARGS)
+	@$(VENV)/bin/python -m theory_checks --readme README.md $(ARGS)
 
 .PHONY: test
 test: $(VENV)/.dev ## run the fast tests, with the coverage of hopjax
