@@ -77,7 +77,9 @@ def energies(members: Real[ArrayLike, ""], cosine: Real[ArrayLike, ""], beta: Re
     """
     members, cosine, beta = _parameters(members, cosine, beta)
     near, far = jnp.exp(-beta * (1 - cosine)), jnp.exp(-beta)
-    gap = (members - 1) / beta * far * jnp.expm1(beta * cosine)
+    # near − far from the larger of the two, so that nothing cancels or overflows: one of these terms is zero.
+    difference = far * jnp.expm1(beta * jnp.minimum(cosine, 0)) - near * jnp.expm1(-beta * jnp.maximum(cosine, 0))
+    gap = (members - 1) / beta * difference
     return Asymptotic(-0.5 - members * far / beta, -0.5 - ((members - 1) * near + far) / beta, gap)
 
 

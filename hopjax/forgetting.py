@@ -171,15 +171,15 @@ def rotation_average(
     p = weights(state, memories, beta)
     sample = law.sampler(state, memories, epsilon=epsilon, sigma=sigma)
     observe = jax.vmap(observable)
-    zero = jnp.zeros((), state.dtype)
-    origin, slope = jax.jvp(observable, (zero,), (zero + 1,))
-    control_mean = origin + slope * second_order_rise(state, memories, beta, epsilon=epsilon, sigma=sigma)
+    # Any multiple of the second-order rise is a control; its slope at the mean follows the observable best.
+    mean = second_order_rise(state, memories, beta, epsilon=epsilon, sigma=sigma)
+    _, slope = jax.jvp(observable, (mean,), (jnp.ones_like(mean),))
 
     def evaluate(key: Array, count: int) -> tuple[Array, Array]:
         moves = sample(key, count)
         value, mirrored = observe(energy_rise(p, moves.shift, beta)), observe(energy_rise(p, moves.mirrored, beta))
         second = _second_order(p, moves, beta, epsilon).reshape((count,) + (1,) * slope.ndim)
-        return value, estimator.terms(value, mirrored, origin[None] + slope[None] * second, control_mean[None])
+        return value, estimator.terms(value, mirrored, slope[None] * second, (slope * mean)[None])
 
     pairs = draws // estimator.rotations
     count = min(batch, pairs)

@@ -165,8 +165,8 @@ MUTATIONS = (
     Mutation(
         "planar law: the rest of v one degree short",
         "rotation",
-        "freedom = dim - 1 - count",
-        "freedom = max(dim - 2 - count, 0)",
+        "outside := dim - 1 - count if projected",
+        "outside := max(dim - 2 - count, 0) if projected",
         "test_rotation.py::test_the_two_laws_agree",
     ),
     Mutation(

@@ -11,9 +11,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import jax
+import numpy as np
 from scipy import stats
 
 from hopjax import half_difference, unit_entries
+
+EPS = float(np.finfo(float).eps)
+
+# A rotation kernel is compiled once and run for less than a second: half the compiler's time is worth a slower run.
+QUICK_COMPILE = {"xla_backend_optimization_level": 0}
 
 # Two-sided normal quantile at which a Monte Carlo comparison fails, and what one such comparison adds to the false-alarm probability.
 Z_LIMIT = 5.5

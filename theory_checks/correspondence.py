@@ -11,9 +11,8 @@ from mpmath import mpf
 
 import hopjax
 from hopjax import correspondence
-from theory_checks.claim import Finding, Measurement, Setting, claim
+from theory_checks.claim import EPS, QUICK_COMPILE, Finding, Measurement, Setting, claim
 from theory_checks.ladder import fit_order, order_is
-from theory_checks.theorem_4_1 import EPS, QUICK_COMPILE
 
 DIM, COUNT = 6, 7
 

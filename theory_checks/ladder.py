@@ -4,13 +4,15 @@ A claim "the remainder is O(h^p)" says nothing at a single h. It is evaluated on
 zero), a power law is fitted, and the whole interval of the fitted order must lie close to p.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from theory_checks.claim import Measurement
+from theory_checks.figures import NEUTRAL
 
 # An interval within this distance of p leaves out every other integer and half-integer order.
 ORDER_TOLERANCE = 0.25
@@ -86,3 +88,47 @@ def order_at_least(what: str, order: Order, expected: float) -> Measurement:
         ">=",
         expected - ORDER_TOLERANCE,
     )
+
+
+# ---- Ladders of the model in β -----------------------------------------------------------------------------------------
+
+# (K, c, d): few and many members, loose and tight clusters, the smallest possible and a large dimension.
+LADDERS = ((2, 0.5, 3), (10, 0.2, 64), (10, 0.8, 64), (100, 0.5, 1000), (1000, 0.3, 1001))
+# β(1−c) or β less log K: leakages of e^{−6} … e^{−13}, where a float64 difference still has 4 digits of a remainder of relative order βℓ.
+EXCESS = np.linspace(6.0, 13.0, 8)
+
+
+class Ladder(NamedTuple):
+    """Exact and asymptotic values along a ladder of β; `leak` is βℓ, the step in which the remainder must be of first order."""
+
+    leak: NDArray[np.float64]
+    exact: NDArray[np.float64]
+    asymptotic: NDArray[np.float64]
+
+    def order(self, trivial: float = 0.0) -> Order:
+        """Fitted order of the remainder relative to what the asymptotic form says beyond the trivial part of the value."""
+        return fit_order(self.leak, (self.exact - self.asymptotic) / (self.asymptotic - trivial))
+
+
+def draw_ladders(series: Mapping[str, Mapping[str, Any]], figure: Any) -> None:
+    """One panel a quantity: relative remainder against βℓ for every ladder."""
+    (values,) = series.values()
+    panels = values["panels"]
+    for axes, (name, lines) in zip(np.atleast_1d(figure.subplots(1, len(panels), sharey=True)), panels.items(), strict=True):
+        for label, line in lines.items():
+            axes.loglog(line["leak"], np.abs(line["remainder"]), "o-", markersize=3, linewidth=1, label=label)
+        ends = np.array([min(min(line["leak"]) for line in lines.values()), max(max(line["leak"]) for line in lines.values())])
+        axes.loglog(ends, ends, "--", color=NEUTRAL, linewidth=1, label="βℓ")
+        axes.set(title=name, xlabel="βℓ")
+    figure.axes[0].set_ylabel("relative remainder")
+    figure.axes[-1].legend(fontsize=7, loc="lower right")
+
+
+def ladder_panels(panels: Mapping[str, Mapping[str, tuple[Ladder, float]]]) -> dict[str, Any]:
+    """The series of `draw_ladders`: {quantity: {ladder: (values, trivial part)}}."""
+
+    def line(ladder: Ladder, trivial: float) -> dict[str, list[float]]:
+        remainder = (ladder.exact - ladder.asymptotic) / (ladder.asymptotic - trivial)
+        return {"leak": [float(f"{x:.5g}") for x in ladder.leak], "remainder": [float(f"{x:.5g}") for x in remainder]}
+
+    return {"panels": {name: {label: line(*entry) for label, entry in lines.items()} for name, lines in panels.items()}}

@@ -154,7 +154,7 @@ def working_regime(setting: Setting) -> Finding:
             Measurement("β(1−c)/(log K + log β)", float(found.strength), ">=", 2.0),
             Measurement("βℓ, the larger", float(np.maximum(found.outlier_leak, found.cluster_leak)), "<=", 0.1),
         ],
-        note="The form of Eq. (48) is lost; the factor 2 is ours.",
+        note="What counts as ≫ in Eq. (48) is ours: twice log K + log β.",
     )
 
 

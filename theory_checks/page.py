@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 
 from theory_checks.figures import Drawn
-from theory_checks.report import BEYOND, SECTIONS, headline, number
+from theory_checks.report import BEYOND, SECTIONS, number
 from theory_checks.show import summary_line
 
 
@@ -21,7 +21,8 @@ def render(report: Mapping[str, Any], drawn: Drawn) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"number": number, "headline": headline}
+    environment.filters["number"] = number
+    environment.tests["all_true"] = all
     titles = [title for title, *_ in SECTIONS] + [BEYOND]
     sections = [(title, [entry for entry in report["claims"] if entry["section"] == title]) for title in titles]
     # As images, not inline: the ids inside two figures may be the same.

@@ -11,9 +11,9 @@ from mpmath import mpf
 
 import hopjax
 from hopjax import gaps
-from theory_checks.claim import Finding, Measurement, Setting, claim, z_score
+from theory_checks.claim import EPS, QUICK_COMPILE, Finding, Measurement, Setting, claim, z_score
+from theory_checks.ensemble import GAINS, ensemble
 from theory_checks.ladder import fit_order, order_is
-from theory_checks.theorem_4_1 import EPS, GAINS, QUICK_COMPILE, ensemble
 
 # (target, replayed) as rows of the model's memories: the outlier is the last, members 0 and 1 stand for c and c′.
 CANONICAL = {"o ← o": (-1, -1), "c ← c": (0, 0), "c ← c′": (0, 1), "c ← o": (0, -1), "o ← c": (-1, 0)}

@@ -9,9 +9,9 @@ import numpy as np
 
 import hopjax
 from hopjax import asymptotics, cluster, gaps
-from theory_checks.claim import Z_LIMIT, Finding, Measurement, Setting, claim, z_score
-from theory_checks.ladder import fit_order, order_is
-from theory_checks.theorem_4_1 import EPS, EXCESS, LADDERS, QUICK_COMPILE, Ladder, draw_ladders, enclose, ladder_panels, strong_grid
+from theory_checks.claim import EPS, QUICK_COMPILE, Z_LIMIT, Finding, Measurement, Setting, claim, z_score
+from theory_checks.enclosure import enclose, strong_grid
+from theory_checks.ladder import EXCESS, LADDERS, Ladder, draw_ladders, fit_order, ladder_panels, order_is
 
 RUNGS = len(EXCESS)
 

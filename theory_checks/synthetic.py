@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 
 import hopjax
 from hopjax import cluster, gaps
-from theory_checks.claim import PRESETS, Finding, Measurement, Setting, claim
+from theory_checks.claim import EPS, PRESETS, QUICK_COMPILE, Finding, Measurement, Setting, claim
 from theory_checks.figures import CLUSTER, OUTLIER
-from theory_checks.theorem_4_1 import EPS, QUICK_COMPILE
 
 MODEL = PRESETS["paper"]
 EPSILONS = (0.02, 0.05)  # Appendix E, and Sections 4.2 and 5.2

@@ -1,70 +1,22 @@
 """Theorem 4.1, the outlier's energy rises more than a cluster member's, and its edges: Eqs. (71)-(73), Remark B.6."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
 
-import flint
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flint import arb
-from matplotlib.colors import ListedColormap
 from numpy.typing import NDArray
-from scipy.optimize import brentq
 
 import hopjax
 from hopjax import asymptotics, cluster, gaps
-from theory_checks.claim import PRESETS, Z_LIMIT, Finding, Measurement, Preset, Setting, claim, z_score
+from theory_checks.claim import EPS, QUICK_COMPILE, Z_LIMIT, Finding, Measurement, Preset, Setting, claim, z_score
+from theory_checks.enclosure import enclose, strong_beta, strong_grid
+from theory_checks.ensemble import ANTITHETIC, CONTROLLED, GAINS, PLAIN, TENTH, ensemble
 from theory_checks.figures import CLUSTER, NEUTRAL, OUTLIER
-from theory_checks.ladder import Order, fit_order, order_is
-
-EPS = float(np.finfo(float).eps)
-
-# A rotation kernel is compiled once and run for less than a second: half the compiler's time is worth a slower run.
-QUICK_COMPILE = {"xla_backend_optimization_level": 0}
-
-# (K, c, d): few and many members, loose and tight clusters, the smallest possible and a large dimension.
-LADDERS = ((2, 0.5, 3), (10, 0.2, 64), (10, 0.8, 64), (100, 0.5, 1000), (1000, 0.3, 1001))
-# β(1−c) or β less log K: leakages of e^{−6} … e^{−13}, where a float64 difference still has 4 digits of a remainder of relative order βℓ.
-EXCESS = np.linspace(6.0, 13.0, 8)
-
-
-class Ladder(NamedTuple):
-    """Exact and asymptotic values along a ladder of β; `leak` is βℓ, the step in which the remainder must be of first order."""
-
-    leak: NDArray[np.float64]
-    exact: NDArray[np.float64]
-    asymptotic: NDArray[np.float64]
-
-    def order(self, trivial: float = 0.0) -> Order:
-        """Fitted order of the remainder relative to what the asymptotic form says beyond the trivial part of the value."""
-        return fit_order(self.leak, (self.exact - self.asymptotic) / (self.asymptotic - trivial))
-
-
-def draw_ladders(series: Mapping[str, Mapping[str, Any]], figure: Any) -> None:
-    """One panel a quantity: relative remainder against βℓ for every ladder."""
-    (values,) = series.values()
-    panels = values["panels"]
-    for axes, (name, lines) in zip(np.atleast_1d(figure.subplots(1, len(panels), sharey=True)), panels.items(), strict=True):
-        for label, line in lines.items():
-            axes.loglog(line["leak"], np.abs(line["remainder"]), "o-", markersize=3, linewidth=1, label=label)
-        ends = np.array([min(min(line["leak"]) for line in lines.values()), max(max(line["leak"]) for line in lines.values())])
-        axes.loglog(ends, ends, "--", color=NEUTRAL, linewidth=1, label="βℓ")
-        axes.set(title=name, xlabel="βℓ")
-    figure.axes[0].set_ylabel("relative remainder")
-    figure.axes[-1].legend(fontsize=7, loc="lower right")
-
-
-def ladder_panels(panels: Mapping[str, Mapping[str, tuple[Ladder, float]]]) -> dict[str, Any]:
-    """The series of `draw_ladders`: {quantity: {ladder: (values, trivial part)}}."""
-
-    def line(ladder: Ladder, trivial: float) -> dict[str, list[float]]:
-        remainder = (ladder.exact - ladder.asymptotic) / (ladder.asymptotic - trivial)
-        return {"leak": [float(f"{x:.5g}") for x in ladder.leak], "remainder": [float(f"{x:.5g}") for x in remainder]}
-
-    return {"panels": {name: {label: line(*entry) for label, entry in lines.items()} for name, lines in panels.items()}}
+from theory_checks.ladder import EXCESS, LADDERS, Ladder, draw_ladders, fit_order, ladder_panels, order_is
+from theory_checks.phase_maps import draw_phases, in_lanes, phase_maps
 
 
 @partial(jax.jit, compiler_options=QUICK_COMPILE)
@@ -118,119 +70,6 @@ def rise_asymptotics(setting: Setting) -> Finding:
 
 
 # ---- The sign, proved ----------------------------------------------------------------------------------------------------
-
-
-class Enclosure(NamedTuple):
-    """Balls that contain S (74) and E at both fixed points and the differences outlier − cluster; `None` if none was proved."""
-
-    outlier_deficit: Any
-    cluster_deficit: Any
-    sharpness_gap: Any
-    energy_gap: Any
-
-
-def _krawczyk(equations: Any, start: Sequence[float]) -> list[Any] | None:
-    """A box proved to hold exactly one root of equations(y) → (values, Jacobian rows), near `start`; None if the proof fails.
-
-    Newton to working precision; then K(Y) = m − CF(m) + (I − CF′(Y))(Y − m) must lie inside Y.
-    """
-    size, middle = len(start), flint.arb_mat([[value] for value in start])
-    for _ in range(14):
-        values, jacobian = equations([middle[i, 0] for i in range(size)])
-        step = flint.arb_mat(jacobian).solve(flint.arb_mat([[value] for value in values]))
-        middle = flint.arb_mat([[(middle[i, 0] - step[i, 0]).mid()] for i in range(size)])
-    radius = arb(2) ** (-flint.ctx.prec // 2)
-    box = flint.arb_mat([[middle[i, 0] + arb(0, radius)] for i in range(size)])
-    values, jacobian = equations([middle[i, 0] for i in range(size)])
-    inverse = flint.arb_mat(jacobian).inv().mid()
-    _, spread = equations([box[i, 0] for i in range(size)])
-    identity = flint.arb_mat(size, size, [int(i == j) for i in range(size) for j in range(size)])
-    image = middle - inverse * flint.arb_mat([[value] for value in values]) + (identity - inverse * flint.arb_mat(spread)) * (box - middle)
-    # The image's radius is far below the box's: it is the box to go on with.
-    return [image[i, 0] for i in range(size)] if all(box[i, 0].contains_interior(image[i, 0]) for i in range(size)) else None
-
-
-def enclose(members: int, cosine: Any, beta: Any, dim: int) -> Enclosure | None:
-    """Both fixed points in ball arithmetic, from Eqs. (22) and (25), and S and E there from their definitions.
-
-    Nothing is shared with `hopjax.gaps`: |x|², tr H and xᵀHx come from the weights and the Gram matrix, at a precision that makes
-    up for their cancellation.
-    """
-    k, previous = members, flint.ctx.prec
-    try:
-        flint.ctx.prec = 192 + int(4.5 * float(beta))
-        c, b = arb(cosine), arb(beta)
-
-        def at_outlier(y: list[Any]) -> tuple[list[Any], list[list[Any]]]:
-            ratio = y[0].exp()
-            p = 1 / (1 + k * ratio)
-            total = 1 + (k - 1) * c
-            # d(p − q·total)/dy = −pq(K + total)
-            return [y[0] + b * p * (1 - ratio * total)], [[1 - b * p * p * ratio * (k + total)]]
-
-        def at_cluster(y: list[Any]) -> tuple[list[Any], list[list[Any]]]:
-            to_other, to_outlier = y[0].exp(), y[1].exp()
-            a = 1 / (1 + (k - 1) * to_other + to_outlier)
-            other, outlier = a * to_other, a * to_outlier
-            slopes = [(-a * (k - 1) * other, other * (1 - (k - 1) * other), -outlier * (k - 1) * other)]
-            slopes.append((-a * outlier, -other * outlier, outlier * (1 - outlier)))
-            values = [y[0] + b * (1 - c) * (a - other), y[1] + b * (a + (k - 1) * c * other - outlier)]
-            first = [b * (1 - c) * (da - db) for da, db, _ in slopes]
-            second = [b * (da + (k - 1) * c * db - dr) for da, db, dr in slopes]
-            return values, [[1 + first[0], first[1]], [second[0], 1 + second[1]]]
-
-        near_outlier, near_cluster = _krawczyk(at_outlier, [-beta]), _krawczyk(at_cluster, [-beta * (1 - cosine), -beta])
-        if near_outlier is None or near_cluster is None:
-            return None
-
-        def energy_and_deficit(groups: Sequence[tuple[int, Any, Any]]) -> tuple[Any, Any]:
-            """E and (d−1) − S from (count, weight, overlap ξ·x) of each group of memories, the fixed point being Σ weight ξ."""
-            square = sum(count * weight * overlap for count, weight, overlap in groups)
-            trace = dim - b * (1 - square)
-            along = square - b * (sum(count * weight * overlap**2 for count, weight, overlap in groups) - square**2)
-            logits = sum(count * (b * overlap).exp() for count, _, overlap in groups)
-            return square / 2 - logits.log() / b, (dim - 1) - (square * trace - along)
-
-        ratio = near_outlier[0].exp()
-        p = 1 / (1 + k * ratio)
-        outlier_energy, outlier_deficit = energy_and_deficit([(1, p, p), (k, p * ratio, p * ratio * (1 + (k - 1) * c))])
-        to_other, to_outlier = (value.exp() for value in near_cluster)
-        a = 1 / (1 + (k - 1) * to_other + to_outlier)
-        other, outlier = a * to_other, a * to_outlier
-        cluster_energy, cluster_deficit = energy_and_deficit(
-            [(1, a, a + (k - 1) * c * other), (k - 1, other, c * a + (1 + (k - 2) * c) * other), (1, outlier, outlier)]
-        )
-        return Enclosure(outlier_deficit, cluster_deficit, cluster_deficit - outlier_deficit, outlier_energy - cluster_energy)
-    finally:
-        flint.ctx.prec = previous
-
-
-def strong_beta(members: int, cosine: float) -> float:
-    """β at the edge of the strong regime, β(1−c) = 2(log K + log β)."""
-    strength = lambda beta: beta * (1 - cosine) - 2 * np.log(members * beta)  # noqa: E731
-    return float(brentq(strength, 2 / (1 - cosine), 1e5))  # the condition is lost below its minimum at 2/(1−c)
-
-
-def strong_grid() -> list[tuple[int, float, float, int]]:
-    """(K, c, β, d) in the strong regime: from its edge to three times as far in."""
-    return [
-        (members, cosine, factor * strong_beta(members, cosine), dim)
-        for members in (2, 3, 12, 100, 10_000)
-        for cosine in (0.01, 0.1, 0.35, 0.5, 0.9)
-        for factor in (1.0, 1.7, 3.0)
-        for dim in (members + 1, 100 * members)
-    ]
-
-
-LANES = 640
-
-
-def in_lanes(function: Any, *columns: Any) -> Any:
-    """`function` of flat arrays of any one length, in pieces of `LANES`: compiled once, whatever the length."""
-    count = len(columns[0])
-    padded = [np.pad(np.asarray(column, float), (0, -count % LANES), mode="edge").reshape(-1, LANES) for column in columns]
-    parts = [jax.tree.map(np.asarray, function(*piece)) for piece in zip(*padded, strict=True)]
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
 
 
 @partial(jax.jit, compiler_options=QUICK_COMPILE)
@@ -303,114 +142,6 @@ def remark_b_6(setting: Setting) -> Finding:
 
 
 # ---- The theorem by rotations --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _AllEstimators:
-    """Plain (column 0), antithetic (column 1) and control variate (the others) from the same rotations.
-
-    Attributes:
-        coefficient: of the control, for each column; any value is unbiased. An observable's slope at the mean rise instead of at 0
-            takes the fluctuation of its square out as well.
-    """
-
-    coefficient: jax.Array
-    rotations = 2
-
-    def terms(self, value: jax.Array, mirrored: jax.Array, control: jax.Array, control_mean: jax.Array) -> jax.Array:
-        pair = hopjax.Antithetic().terms(value, mirrored, control, control_mean)
-        scaled = self.coefficient[None] * (control - control_mean)
-        controlled = hopjax.ControlVariate().terms(value, mirrored, scaled, jnp.zeros_like(scaled))
-        return jnp.concatenate([value[:, :1], pair[:, 1:2], controlled[:, 2:]], axis=1)
-
-
-class Ensemble(NamedTuple):
-    """Means over rotations at every fixed point (members 0 … K−1, then the outlier) along a ladder of ε.
-
-    Attributes:
-        epsilons: 1-2-5 steps down from the preset's ε.
-        mean: axes (replica, ε, target, observable); observables are the rise by plain mean, by antithetic pairs and by control
-            variate, then the gain from replaying each memory, by control variate. Replicas are independent; all else shares rotations
-            but for the target.
-        error: standard errors of `mean`.
-        second_order: ½ε²σ²S of every target, at each ε.
-    """
-
-    epsilons: NDArray[np.float64]
-    mean: NDArray[np.float64]
-    error: NDArray[np.float64]
-    second_order: NDArray[np.float64]
-
-    def pooled(self, rung: int = 0, replicas: slice = slice(None)) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Means and standard errors at one ε over the replicas: axes (target, observable)."""
-        mean, error = self.mean[replicas, rung], self.error[replicas, rung]
-        return mean.mean(axis=0), np.sqrt(np.mean(error**2, axis=0) / len(mean))
-
-    def richardson(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Limit of mean/ε² as ε → 0 from ε/10 and ε/20, and its standard error: axes (target, observable).
-
-        The two steps take different replicas. With common random numbers the extrapolation would be so precise that what O(ε⁴)
-        leaves of it, 1e-10 of the mean, shows; with independent ones it is far below the standard error.
-        """
-        (coarse, coarse_error), (fine, fine_error) = self.pooled(TENTH, slice(0, None, 2)), self.pooled(TWENTIETH, slice(1, None, 2))
-        coarse_square, fine_square = self.epsilons[TENTH] ** 2, self.epsilons[TWENTIETH] ** 2
-        limit = (4 * fine / fine_square - coarse / coarse_square) / 3
-        return limit, np.hypot(4 * fine_error / fine_square, coarse_error / coarse_square) / 3
-
-
-PLAIN, ANTITHETIC, CONTROLLED, GAINS = 0, 1, 2, 3
-STEPS = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
-TENTH, TWENTIETH = STEPS.index(0.1), STEPS.index(0.05)
-REPLICAS = 4
-
-
-@lru_cache(maxsize=4)
-def ensemble(setting: Setting) -> Ensemble:
-    """Rises and gains under `setting.rotations` rotations (pairs of a rotation and its inverse where the estimator takes pairs)."""
-    preset = setting.preset
-    # The bound on the angle fixes what is compiled; ε itself is traced.
-    law = hopjax.PlanarLaw(angle=hopjax.generator_bound(preset.dim, preset.epsilon, preset.sigma))
-
-    @partial(jax.jit, compiler_options=QUICK_COMPILE)
-    def evaluate(key: jax.Array, epsilons: jax.Array) -> tuple[hopjax.Estimate, jax.Array]:
-        memories = cluster.memories(preset.members, preset.dim, preset.cosine)
-        states = jax.vmap(lambda x: hopjax.fixed_point(x, memories, preset.beta, method=hopjax.Picard()).state)(memories)
-        logs = hopjax.log_weight_matrix(states, memories, memories, preset.beta)
-
-        def average(key: jax.Array, epsilon: jax.Array, state: jax.Array, log_weights: jax.Array) -> hopjax.Estimate:
-            def observable(rise: jax.Array) -> jax.Array:
-                gains = hopjax.gain(log_weights, jnp.broadcast_to(rise, log_weights.shape), preset.beta)
-                return jnp.concatenate([jnp.broadcast_to(rise, (GAINS,)), gains])
-
-            rise = hopjax.second_order_rise(state, memories, preset.beta, epsilon=epsilon, sigma=preset.sigma)
-            slope = jax.jacfwd(observable)
-            return hopjax.rotation_average(
-                key,
-                state,
-                memories,
-                preset.beta,
-                epsilon=epsilon,
-                sigma=preset.sigma,
-                draws=2 * (setting.rotations // REPLICAS),
-                observable=observable,
-                estimator=_AllEstimators(slope(rise) / slope(0 * rise)),
-                law=law,
-            )
-
-        over_states = jax.vmap(average, in_axes=(0, None, 0, 0))
-        over_epsilons = jax.vmap(over_states, in_axes=(None, 0, None, None))
-        keys = jax.random.split(key, (REPLICAS, len(memories)))
-        estimates = jax.vmap(over_epsilons, in_axes=(0, None, None, None))(keys, epsilons, states, logs)
-        second = jax.vmap(
-            lambda epsilon: jax.vmap(lambda x: hopjax.second_order_rise(x, memories, preset.beta, epsilon=epsilon, sigma=preset.sigma))(
-                states
-            )
-        )
-        return estimates, second(epsilons)
-
-    epsilons = preset.epsilon * np.array(STEPS)
-    estimates, second = jax.tree.map(np.asarray, evaluate(setting.key("rotation-ensemble"), epsilons))
-    return Ensemble(epsilons, estimates.mean, estimates.standard_error, second)
 
 
 def _difference(mean: NDArray[np.float64], error: NDArray[np.float64], column: int) -> tuple[float, float]:
@@ -509,81 +240,6 @@ def theorem_4_1_plain(setting: Setting) -> Finding:
 
 
 # ---- Where it holds at finite β ------------------------------------------------------------------------------------------
-
-MAP_MEMBERS = (2, 12, 100)
-HOLDS, FAILS, VACUOUS = 1, 0, -1
-
-
-def onset(members: float, cosines: NDArray[np.float64], signs: Any) -> NDArray[np.float64]:
-    """Smallest β at which both fixed points exist, by bisection; `signs(members, cosine, beta)` is NaN where one does not."""
-    low, high = np.zeros_like(cosines), np.full_like(cosines, 4 * np.log(members) + 8) / (1 - cosines)
-    for _ in range(60):
-        middle = 0.5 * (low + high)
-        exists = np.isfinite(signs(np.full_like(cosines, members), cosines, middle))
-        low, high = np.where(exists, low, middle), np.where(exists, middle, high)
-    return high
-
-
-def phase_maps(signs: Any, size: int = 80) -> dict[str, Any]:
-    """Where an ordering holds: over (β, c), and magnified at the onset of the fixed points over (β/onset − 1, c).
-
-    Args:
-        signs: (K, c, β) flat arrays → positive where the ordering holds, NaN where a fixed point does not exist.
-    """
-    maps = []
-    for members in MAP_MEMBERS:
-        lowest = max(-0.5, -1 / (members - 1))
-        betas, cosines = np.geomspace(1.0, 100.0, size), np.linspace(lowest, 0.98, size)
-        near, small = np.geomspace(1e-6, 3.0, size), np.geomspace(1e-5, 0.9, size)
-        fold = onset(members, cosines, signs)
-        c, beta = (grid.ravel() for grid in np.meshgrid(cosines, betas, indexing="ij"))
-        wide = signs(np.full_like(c, members), c, beta)
-        c_near = np.repeat(small, size)
-        strip = signs(np.full_like(c_near, members), c_near, (onset(members, small, signs)[:, None] * (1 + near[None])).ravel())
-        code = lambda values: np.where(np.isnan(values), VACUOUS, np.where(values > 0, HOLDS, FAILS)).reshape(size, size)  # noqa: E731
-        wide_code, strip_code = code(wide), code(strip)
-        maps.append(
-            {
-                "members": members,
-                "cosine": np.round(cosines, 4).tolist(),
-                "onset": np.round(fold, 4).tolist(),
-                "wide": wide_code.tolist(),
-                "strip": strip_code.tolist(),
-                "failures": int(np.sum((wide_code == FAILS) & (cosines[:, None] > 0))) + int(np.sum(strip_code == FAILS)),
-            }
-        )
-    presets = [
-        {"name": preset.name, "members": preset.members, "cosine": preset.cosine, "beta": preset.beta} for preset in PRESETS.values()
-    ]
-    return {"maps": maps, "presets": presets}
-
-
-def draw_phases(series: Mapping[str, Mapping[str, Any]], figure: Any) -> None:
-    """Above over (β, c), below magnified at the onset."""
-    (values,) = series.values()
-    colours = ListedColormap(["#e8e8e8", OUTLIER, "#a8cbe4"])
-    grid = figure.subplots(2, len(values["maps"]), height_ratios=(3, 2))
-    figure.set_size_inches(9, 6)
-    for (above, below), entry in zip(grid.T, values["maps"], strict=True):
-        cosines, size = np.array(entry["cosine"]), len(entry["cosine"])
-        above.pcolormesh(np.geomspace(1.0, 100.0, size), cosines, entry["wide"], cmap=colours, vmin=-1.5, vmax=1.5, rasterized=True)
-        above.plot(entry["onset"], cosines, color="black", linewidth=1.2)
-        above.axhline(0, color=NEUTRAL, linewidth=0.7, linestyle=":")
-        for mark, preset in zip("o^", values["presets"], strict=True):
-            if abs(preset["members"] - entry["members"]) <= 2:
-                above.plot(preset["beta"], preset["cosine"], mark, color="black")
-                label = preset["name"] + (f" (K = {preset['members']})" if preset["members"] != entry["members"] else "")
-                above.annotate(label, (preset["beta"], preset["cosine"]), (5, -9), textcoords="offset points", fontsize=8)
-        above.set(xscale="log", xlim=(1, 100), ylim=(cosines[0], cosines[-1]), title=f"K = {entry['members']}", xlabel="β")
-        strip = np.geomspace(1e-6, 3.0, size), np.geomspace(1e-5, 0.9, size), entry["strip"]
-        below.pcolormesh(*strip, cmap=colours, vmin=-1.5, vmax=1.5, rasterized=True)
-        below.set(xscale="log", yscale="log", xlabel="β/onset − 1")
-        for axes in (above, below):
-            axes.grid(False)
-    grid[0, 0].set_ylabel("c")
-    grid[1, 0].set_ylabel("c")
-    handles = [figure.axes[0].fill_between([], [], color=colour) for colour in (colours(2), colours(1), colours(0))]
-    figure.legend(handles, ["holds", "fails", "a fixed point is missing"], loc="outside lower center", ncols=3)
 
 
 @claim(

@@ -11,11 +11,12 @@ import numpy as np
 from matplotlib.colors import LogNorm
 
 from hopjax import asymptotics, gaps
-from theory_checks.claim import Z_LIMIT, Finding, Measurement, Setting, claim
+from theory_checks.claim import QUICK_COMPILE, Z_LIMIT, Finding, Measurement, Setting, claim
+from theory_checks.ensemble import GAINS, ensemble
 from theory_checks.figures import CLUSTER, NEUTRAL, OTHER, OUTLIER
-from theory_checks.ladder import fit_order, order_is
+from theory_checks.ladder import EXCESS, LADDERS, fit_order, order_is
+from theory_checks.phase_maps import draw_phases, in_lanes, phase_maps
 from theory_checks.replay_identity import CANONICAL, canonical_gains
-from theory_checks.theorem_4_1 import EXCESS, GAINS, LADDERS, QUICK_COMPILE, draw_phases, ensemble, in_lanes, phase_maps
 
 COLOURS = dict(zip(CANONICAL, (OUTLIER, CLUSTER, OTHER, NEUTRAL, NEUTRAL), strict=True))
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import hypothesis
 import jax
@@ -112,6 +113,7 @@ def test_impossible_latent_geometry_raises(arguments, message, key):
 @hypothesis.settings(max_examples=60)
 def test_log_weights_agree_with_fifty_digits(geometry, beta, above):
     """Anywhere, and right above each fold; missing exactly where the branch has ended."""
+    members, cosine = geometry
     for beta_here in (beta, float(cluster_fold(*geometry)) * (1 + above), float(outlier_fold(*geometry) or 1) * (1 + above)):
         at_outlier, at_cluster = outlier_point(*geometry, beta_here), cluster_point(*geometry, beta_here)
         fold = outlier_fold(*geometry)
@@ -119,12 +121,12 @@ def test_log_weights_agree_with_fifty_digits(geometry, beta, above):
         assert bool(at_cluster.exists) == (beta_here >= cluster_fold(*geometry))
         with mp.workdps(50):
             if at_outlier.exists:
-                assert_accurate(at_outlier, oracles.outlier_weights_near(*geometry, beta_here, log_ratios(at_outlier)))
+                assert_accurate(at_outlier, oracles.outlier_weights_near(members, cosine, beta_here, log_ratios(at_outlier)))
             else:
                 assert np.isnan(at_outlier.log_self)
                 assert np.isnan(at_outlier.log_member)
             if at_cluster.exists:
-                assert_accurate(at_cluster, oracles.cluster_weights_near(*geometry, beta_here, log_ratios(at_cluster)))
+                assert_accurate(at_cluster, oracles.cluster_weights_near(members, cosine, beta_here, log_ratios(at_cluster)))
             else:
                 assert np.isnan([at_cluster.log_self, at_cluster.log_other, at_cluster.log_outlier]).all()
 
@@ -361,7 +363,7 @@ def test_whole_numbers_are_welcome():
 def test_batches_compile_once_and_agree_with_loops():
     members, cosine, beta = np.array([2.0, 10.0, 1e6, 5.0]), np.array([-1.0, 0.5, 0.9, 0.2]), np.array([3.0, 12.0, 500.0, 1.0])
     for kernel in (cluster.outlier_point, cluster.cluster_point, cluster.regime):
-        single = jax.jit(lambda *row, kernel=kernel: kernel(*row))  # a cache of its own
+        single: Any = jax.jit(lambda *row, kernel=kernel: kernel(*row))  # a cache of its own
         rows = [single(*row) for row in zip(members, cosine, beta, strict=True)]
         assert single._cache_size() == 1
         many = jax.jit(jax.vmap(kernel))(members, cosine, beta)

@@ -1,6 +1,7 @@
 """Energies, curvature and density against mpmath and quadrature, and the laws that they obey."""
 
 import math
+from typing import Any
 
 import hypothesis
 import jax
@@ -285,7 +286,7 @@ def test_samples_have_the_mixture_moments(key):
 def test_values_do_not_recompile_and_vmap_is_a_loop():
     rng = np.random.default_rng(0)
     states, memories = rng.standard_normal((4, 5)), rng.standard_normal((3, 5))
-    compiled = jax.jit(lambda state, memories, beta: [kernel(state, memories, beta) for kernel in KERNELS.values()])
+    compiled: Any = jax.jit(lambda state, memories, beta: [kernel(state, memories, beta) for kernel in KERNELS.values()])
     rows = [compiled(state, memories, beta) for state, beta in zip(states, (0.1, 1.0, 7.0, 1e3), strict=True)]
     assert compiled._cache_size() == 1
     many = jax.jit(jax.vmap(compiled, (0, None, 0)))(states, memories, np.array([0.1, 1.0, 7.0, 1e3]))
@@ -308,7 +309,7 @@ def test_no_square_matrix_in_high_dimension(name):
     count, dim = 13, 100_000
     vector, memories = jax.ShapeDtypeStruct((dim,), np.float64), jax.ShapeDtypeStruct((count, dim), np.float64)
     arguments = (vector, vector, memories, 2.0) if name == "hessian_product" else (vector, memories, 2.0)
-    analysis = jax.jit(getattr(hopjax, name)).lower(*arguments).compile().memory_analysis()
+    analysis: Any = jax.jit(getattr(hopjax, name)).lower(*arguments).compile().memory_analysis()
     # At most a few copies of the memories; a d × d matrix would take 8e10 bytes.
     assert analysis.temp_size_in_bytes <= 3 * 8 * count * dim
 

@@ -1,6 +1,7 @@
 """Fixed points: what they satisfy, how fast they are found, and their derivatives."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import hypothesis
 import jax
@@ -17,7 +18,7 @@ from tests.strategies import CASES, landscapes
 
 METHODS = (Picard(), Newton(), Anderson(), Anderson(depth=1))
 EPS = float(np.finfo(float).eps)
-PRESET = {"members": 12, "dim": 50, "cosine": 0.35}
+PRESET: dict[str, Any] = {"members": 12, "dim": 50, "cosine": 0.35}
 
 
 @jax.jit
@@ -208,7 +209,7 @@ def test_where_the_iteration_started_carries_no_derivative():
 def test_batches_compile_once_and_agree_with_loops():
     rng = np.random.default_rng(2)
     memories, starts = rng.standard_normal((5, 4)), rng.standard_normal((3, 4))
-    solve = jax.jit(lambda *arguments: hopjax.fixed_point(*arguments))  # a cache of its own
+    solve: Any = jax.jit(lambda *arguments: hopjax.fixed_point(*arguments))  # a cache of its own
     alone = [solve(start, memories, beta) for start, beta in zip(starts, (0.5, 1.0, 9.0), strict=True)]
     assert solve._cache_size() == 1
     many = jax.jit(jax.vmap(hopjax.fixed_point, (0, None, 0)))(starts, memories, np.array([0.5, 1.0, 9.0]))

@@ -1,6 +1,7 @@
 """Forgetting: exact changes, their second order, and Monte Carlo against quadrature over the rotations themselves."""
 
 import math
+from typing import Any
 
 import hypothesis
 import jax
@@ -13,11 +14,11 @@ from scipy import integrate
 import hopjax
 from hopjax import Antithetic, ControlVariate, DenseLaw, Plain, PlanarLaw, cluster
 from tests import oracles
-from tests.strategies import CASES, DOUBLE, landscapes, powers
+from tests.strategies import DOUBLE, landscapes, powers
 
 EPS = float(np.finfo(float).eps)
 ESTIMATORS = (Plain(), Antithetic(), ControlVariate())
-ASYMPTOTIC = {"members": 10, "dim": 64, "cosine": 0.5}
+ASYMPTOTIC: dict[str, Any] = {"members": 10, "dim": 64, "cosine": 0.5}
 energy, energy_change = jax.jit(hopjax.energy), jax.jit(hopjax.energy_change)
 paired, second_order = jax.jit(hopjax.paired_energy_change), jax.jit(hopjax.second_order_rise)
 
@@ -171,8 +172,9 @@ def test_estimates_are_unbiased(key, which, count, law):
         assert abs(float(result.mean) - exact) <= 6 * float(result.standard_error), estimator  # a false alarm in 5e8
         assert 0 < result.standard_error < 0.05
     assert abs(float(linear[0].effective_draws) - 20_000) <= 20_000 * 64 * EPS  # plain draws are what they are
-    # Pairs and their second order can only help here; by the ratio of variances.
-    assert linear[2].effective_draws > linear[1].effective_draws > 10_000
+    # Pairs help; the second order helps only where ε is small, and angles of 0.5 are not.
+    assert linear[1].effective_draws > 20_000
+    assert linear[2].effective_draws > 20_000
     for i, observable in enumerate((np.exp, np.square)):
         exact = average(state, memories, beta, epsilon, sigma, observable)
         assert abs(float(curved.mean[i]) - exact) <= 6 * float(curved.standard_error[i])
@@ -252,7 +254,7 @@ def test_vmap_over_states_is_a_loop(key):
     rows = jax.jit(lambda: cluster.memories(members=4, dim=8, cosine=0.3))()
     run = lambda key, state: hopjax.average_rise(key, state, rows, 3.0, epsilon=0.1, sigma=1.0, draws=40)  # noqa: E731
     many = jax.jit(jax.vmap(run, (None, 0)))(key, rows)
-    single = jax.jit(run)
+    single: Any = jax.jit(run)
     for i in range(5):
         # The same keys and the same terms: rounding of the rise 1e-16 against its fourth order.
         np.testing.assert_allclose(many.mean[i], single(key, rows[i]).mean, rtol=1e-9)
@@ -297,7 +299,7 @@ def test_memory_in_a_million_dimensions():
     count, dim = 13, 10**6
     state, memories = jax.ShapeDtypeStruct((dim,), np.float64), jax.ShapeDtypeStruct((count, dim), np.float64)
     run = jax.jit(lambda key, x, rows: hopjax.average_rise(key, x, rows, 8.0, epsilon=1e-5, sigma=1.0))
-    analysis = run.lower(jax.random.key(0), state, memories).compile().memory_analysis()
+    analysis: Any = run.lower(jax.random.key(0), state, memories).compile().memory_analysis()
     assert analysis.temp_size_in_bytes <= 5 * 8 * count * dim  # a few copies of the memories, for their QR decomposition
 
 
@@ -306,7 +308,8 @@ def test_memory_is_bounded_by_the_batch():
 
     def temporary(draws, batch):
         run = jax.jit(lambda key, x, rows: hopjax.average_rise(key, x, rows, 8.0, epsilon=1e-2, sigma=1.0, draws=draws, batch=batch))
-        return run.lower(jax.random.key(0), state, memories).compile().memory_analysis().temp_size_in_bytes
+        analysis: Any = run.lower(jax.random.key(0), state, memories).compile().memory_analysis()
+        return analysis.temp_size_in_bytes
 
     few, many = temporary(4000, 500), temporary(40_000, 500)
     # What grows is two numbers a pair, and their copies; not the 6·m numbers of a rotation.
@@ -324,7 +327,7 @@ def test_impossible_numbers_of_draws_raise(key, draws):
 
 
 def test_other_static_mistakes_raise(key):
-    options = {"epsilon": 0.1, "sigma": 1.0}
+    options: dict[str, Any] = {"epsilon": 0.1, "sigma": 1.0}
     with pytest.raises(ValueError, match="dim=1: rotations need at least 2 dimensions"):
         hopjax.average_rise(key, jnp.ones(1), jnp.ones((3, 1)), 1.0, **options)
     with pytest.raises(ValueError, match="at least one memory"):
@@ -368,4 +371,3 @@ def test_a_memory_that_is_not_finite_gives_nan(key, value):
     run = jax.jit(lambda rows: hopjax.average_rise(key, rows[0] + 0.5, rows, 2.0, epsilon=0.1, sigma=1.0, draws=4))
     assert np.isnan(run(rows)).all()
     assert np.isnan(energy_change(np.full(4, 0.5), np.eye(3, 4), rows, 2.0))
-    assert len(CASES) == len(set(CASES))

@@ -1,6 +1,7 @@
 """Gaps of Theorem 4.1 and Appendix C against mpmath, far below the rounding of either side, and the theorems as properties."""
 
 import math
+from typing import Any
 
 import hypothesis
 import jax
@@ -220,7 +221,7 @@ def test_a_missing_point_leaves_the_other_side():
 
 
 def test_values_do_not_recompile_and_vmap_is_a_loop():
-    fresh = jax.jit(lambda *row: gaps.sharpnesses(*row))
+    fresh: Any = jax.jit(lambda *row: gaps.sharpnesses(*row))
     rows = [fresh(*row, 64.0) for row in TABLE]
     assert fresh._cache_size() == 1
     many = jax.jit(jax.vmap(gaps.sharpnesses, (0, 0, 0, None)))(*np.array(TABLE).T, 64.0)

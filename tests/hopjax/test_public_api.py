@@ -60,7 +60,7 @@ def test_modules_need_jax_only(name):
     assert ast.get_docstring(tree)
     for node in ast.walk(tree):
         imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        imported += [node.module] if isinstance(node, ast.ImportFrom) else []
+        imported += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         for module in imported:
             root = module.split(".")[0]
             assert root in {"jax", "jaxtyping", "numpy", "hopjax"} or root in sys.stdlib_module_names, module

@@ -1,6 +1,7 @@
 """Replay: exact gains against energies, their laws, and their average over rotations."""
 
 import math
+from typing import Any
 
 import hypothesis
 import jax
@@ -129,7 +130,8 @@ def test_matrices_are_loops():
     rises = np.array([0.1, -0.2, 1e-9])
     weights = np.asarray(jax.jit(hopjax.log_weight_matrix)(targets, samples, memories, 2.0))
     matrix = np.asarray(jax.jit(hopjax.gain_matrix)(targets, samples, memories, rises, 2.0))
-    single, gain = jax.jit(lambda *row: hopjax.log_replay_weight(*row)), jax.jit(lambda *row: hopjax.gain(*row))
+    single: Any = jax.jit(lambda *row: hopjax.log_replay_weight(*row))  # caches of their own
+    gain: Any = jax.jit(lambda *row: hopjax.gain(*row))
     assert weights.shape == matrix.shape == (3, 4)
     for i in range(3):
         for j in range(4):
@@ -159,7 +161,7 @@ def test_average_gain_is_the_mean_over_rotated_memories(key):
 
     keys = jax.random.split(key)
     values = np.asarray(direct(jax.random.split(keys[0], 10_000), state, memories, samples))
-    run = jax.jit(lambda key, *row: hopjax.average_gain(key, *row, beta, epsilon=epsilon, sigma=0.8, draws=10_000))
+    run = jax.jit(lambda key, x, z, rows: hopjax.average_gain(key, x, z, rows, beta, epsilon=epsilon, sigma=0.8, draws=10_000))
     estimate = run(keys[1], state, samples, memories)
     error = np.hypot(values.std(axis=0) / 100, estimate.standard_error)
     assert estimate.mean.shape == (3,)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 import hopjax
-from theory_checks import digits, theorem_4_1
+from theory_checks import digits, enclosure, ensemble
 from theory_checks.claim import PRESETS, REGISTRY, Setting
 
 for module in ("theorem_4_1", "sharpness", "replay_identity", "theorem_5_1", "correspondence", "synthetic", "digits"):
@@ -18,7 +18,7 @@ for module in ("theorem_4_1", "sharpness", "replay_identity", "theorem_5_1", "co
 
 def _forget_compiled() -> None:
     jax.clear_caches()
-    theorem_4_1.ensemble.cache_clear()
+    ensemble.ensemble.cache_clear()
     digits.digits.cache_clear()
 
 
@@ -131,7 +131,7 @@ def test_the_enclosures_contain_the_values_of_the_full_map() -> None:
     states = [hopjax.fixed_point(memories[index], memories, beta).state for index in (-1, 0)]
     sharpness = [float(hopjax.sharpness(state, memories, beta)) for state in states]
     energy = [float(hopjax.energy(state, memories, beta)) for state in states]
-    enclosure = theorem_4_1.enclose(members, cosine, beta, dim)
-    assert enclosure is not None
-    assert float(enclosure.sharpness_gap) == pytest.approx(sharpness[0] - sharpness[1], abs=1e-11)
-    assert float(enclosure.energy_gap) == pytest.approx(energy[0] - energy[1], abs=1e-13)
+    enclosed = enclosure.enclose(members, cosine, beta, dim)
+    assert enclosed is not None
+    assert float(enclosed.sharpness_gap) == pytest.approx(sharpness[0] - sharpness[1], abs=1e-11)
+    assert float(enclosed.energy_gap) == pytest.approx(energy[0] - energy[1], abs=1e-13)
