@@ -55,8 +55,13 @@ def energy_rise(p: Float[Array, " m"], shift: Float[Array, "*n m"], beta: Real[A
     small = jnp.all(jnp.abs(exponent) < 1, axis=-1)
     # Each branch only sees arguments that it can differentiate: a NaN in the other would poison the gradient.
     near = jnp.log1p(_matmul(jnp.expm1(jnp.where(small[..., None], exponent, 0.0)), p))
-    far = jax.nn.logsumexp(jnp.where(small[..., None], 0.0, exponent), b=jnp.broadcast_to(p, exponent.shape), axis=-1)
-    return -jnp.where(small, near, far) / beta
+
+    def with_far() -> Array:
+        far = jax.nn.logsumexp(jnp.where(small[..., None], 0.0, exponent), b=jnp.broadcast_to(p, exponent.shape), axis=-1)
+        return jnp.where(small, near, far)
+
+    # Rotations of interest are small: half of the work is then left undone.
+    return -lax.cond(jnp.all(small), lambda: near, with_far) / beta
 
 
 def second_order_rise(

@@ -20,7 +20,9 @@ DIM = 64
 SIGMA = hopjax.unit_displacement(DIM)
 BLOCK = 128  # states held against all memories at a time: 2 MB
 STEPS = 20  # of the map, between two looks at which states have arrived
-ARRIVED = 1e-6  # |x − T(x)| from which on a state counts as arrived: its fixed point is at most some 16 times farther, 1/(1 − 0.94)
+ARRIVED = (
+    1e-5  # |x − T(x)| from which on a state counts as arrived, in float32: its fixed point is at most some 16 times farther, 1/(1 − 0.94)
+)
 SAME = 1e-3  # states that arrived nearer to each other than this are at one fixed point: the two nearest ones are 0.13 apart
 CONVERGED = 1e-12  # |x − T(x)| to which the distinct fixed points are then iterated
 SAMPLED = 128
@@ -128,7 +130,9 @@ def digits() -> Digits:
     data = load_digits()
     images = data.data / np.linalg.norm(data.data, axis=1, keepdims=True)
     beta = _half_weight_beta(images)
-    first, basin = _distinct(arrived := _flow(images, images, beta, ARRIVED)[0])
+    # In single precision to where each image belongs, in double to the fixed points themselves.
+    arrived = _flow(images.astype(np.float32), images.astype(np.float32), beta, ARRIVED)[0].astype(float)
+    first, basin = _distinct(arrived)
     points, residual = _flow(arrived[first], images, beta, CONVERGED)
     at_image, at_point = (Quantities(*_in_blocks(_quantities, part, images, beta)) for part in (images, points))
     return Digits(images, data.target, beta, at_image, at_point, points, basin, residual)

@@ -1,7 +1,7 @@
 """Where an ordering holds at finite β, over (β, c): maps, and how they are drawn."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,47 +23,74 @@ def in_lanes(function: Any, *columns: Any) -> Any:
 
 
 MAP_MEMBERS = (2, 12, 100)
+SIZE = 80
 HOLDS, FAILS, VACUOUS = 1, 0, -1
 
 
-def onset(members: float, cosines: NDArray[np.float64], signs: Any) -> NDArray[np.float64]:
-    """Smallest β at which both fixed points exist, by bisection; `signs(members, cosine, beta)` is NaN where one does not."""
-    low, high = np.zeros_like(cosines), np.full_like(cosines, 4 * np.log(members) + 8) / (1 - cosines)
-    for _ in range(60):
+class Grid(NamedTuple):
+    """Where the maps are evaluated: axes (K, row, column), a row for each cosine.
+
+    Attributes:
+        members: K, of every point.
+        wide_cosine, wide_beta: over (c, β).
+        strip_cosine, strip_beta: small c, magnified at the onset of the fixed points.
+        onset: smallest β at which both fixed points exist, for each row of the wide map.
+    """
+
+    members: NDArray[np.float64]
+    wide_cosine: NDArray[np.float64]
+    wide_beta: NDArray[np.float64]
+    strip_cosine: NDArray[np.float64]
+    strip_beta: NDArray[np.float64]
+    onset: NDArray[np.float64]
+
+
+def phase_grid(signs: Any) -> Grid:
+    """The grid, which takes the onset by bisection; `signs(members, cosine, beta)` is NaN where a fixed point does not exist."""
+    shape = (len(MAP_MEMBERS), SIZE, SIZE)
+    members = np.array(MAP_MEMBERS, float)[:, None]
+    wide = np.stack([np.linspace(max(-0.5, -1 / (k - 1)), 0.98, SIZE) for k in MAP_MEMBERS])
+    cosines = np.stack([wide, np.broadcast_to(np.geomspace(1e-5, 0.9, SIZE), wide.shape)])
+    everywhere = np.broadcast_to(members, cosines.shape)
+    low, high = np.zeros_like(cosines), (4 * np.log(members) + 8) / (1 - cosines)
+    for _ in range(45):  # to 1e-12 of an onset of 10: far inside the strip's 1e-6
         middle = 0.5 * (low + high)
-        exists = np.isfinite(signs(np.full_like(cosines, members), cosines, middle))
+        exists = np.isfinite(signs(everywhere.ravel(), cosines.ravel(), middle.ravel())).reshape(middle.shape)
         low, high = np.where(exists, low, middle), np.where(exists, middle, high)
-    return high
+    beyond = 1 + np.geomspace(1e-6, 3.0, SIZE)
+    return Grid(
+        np.broadcast_to(members[..., None], shape),
+        np.broadcast_to(cosines[0][..., None], shape),
+        np.broadcast_to(np.geomspace(1.0, 100.0, SIZE), shape),
+        np.broadcast_to(cosines[1][..., None], shape),
+        high[1][..., None] * beyond,
+        high[0],
+    )
 
 
-def phase_maps(signs: Any, size: int = 80) -> dict[str, Any]:
-    """Where an ordering holds: over (β, c), and magnified at the onset of the fixed points over (β/onset − 1, c).
+def phase_maps(signs: Any, grid: Grid) -> dict[str, Any]:
+    """Where an ordering holds, as series for `draw_phases`.
 
     Args:
         signs: (K, c, β) flat arrays → positive where the ordering holds, NaN where a fixed point does not exist.
     """
-    maps = []
-    for members in MAP_MEMBERS:
-        lowest = max(-0.5, -1 / (members - 1))
-        betas, cosines = np.geomspace(1.0, 100.0, size), np.linspace(lowest, 0.98, size)
-        near, small = np.geomspace(1e-6, 3.0, size), np.geomspace(1e-5, 0.9, size)
-        fold = onset(members, cosines, signs)
-        c, beta = (grid.ravel() for grid in np.meshgrid(cosines, betas, indexing="ij"))
-        wide = signs(np.full_like(c, members), c, beta)
-        c_near = np.repeat(small, size)
-        strip = signs(np.full_like(c_near, members), c_near, (onset(members, small, signs)[:, None] * (1 + near[None])).ravel())
-        code = lambda values: np.where(np.isnan(values), VACUOUS, np.where(values > 0, HOLDS, FAILS)).reshape(size, size)  # noqa: E731
-        wide_code, strip_code = code(wide), code(strip)
-        maps.append(
-            {
-                "members": members,
-                "cosine": np.round(cosines, 4).tolist(),
-                "onset": np.round(fold, 4).tolist(),
-                "wide": wide_code.tolist(),
-                "strip": strip_code.tolist(),
-                "failures": int(np.sum((wide_code == FAILS) & (cosines[:, None] > 0))) + int(np.sum(strip_code == FAILS)),
-            }
-        )
+
+    def code(cosine: NDArray[np.float64], beta: NDArray[np.float64]) -> NDArray[np.int64]:
+        values = signs(grid.members.ravel(), cosine.ravel(), beta.ravel()).reshape(cosine.shape)
+        return np.where(np.isnan(values), VACUOUS, np.where(values > 0, HOLDS, FAILS))
+
+    wide, strip = code(grid.wide_cosine, grid.wide_beta), code(grid.strip_cosine, grid.strip_beta)
+    maps = [
+        {
+            "members": members,
+            "cosine": np.round(grid.wide_cosine[index, :, 0], 4).tolist(),
+            "onset": np.round(grid.onset[index], 4).tolist(),
+            "wide": wide[index].tolist(),
+            "strip": strip[index].tolist(),
+            "failures": int(np.sum((wide[index] == FAILS) & (grid.wide_cosine[index] > 0)) + np.sum(strip[index] == FAILS)),
+        }
+        for index, members in enumerate(MAP_MEMBERS)
+    ]
     presets = [
         {"name": preset.name, "members": preset.members, "cosine": preset.cosine, "beta": preset.beta} for preset in PRESETS.values()
     ]

@@ -15,7 +15,7 @@ from theory_checks.claim import QUICK_COMPILE, Z_LIMIT, Finding, Measurement, Se
 from theory_checks.ensemble import GAINS, ensemble
 from theory_checks.figures import CLUSTER, NEUTRAL, OTHER, OUTLIER
 from theory_checks.ladder import EXCESS, LADDERS, fit_order, order_is
-from theory_checks.phase_maps import draw_phases, in_lanes, phase_maps
+from theory_checks.phase_maps import draw_phases, in_lanes, phase_grid, phase_maps
 from theory_checks.replay_identity import CANONICAL, canonical_gains
 
 COLOURS = dict(zip(CANONICAL, (OUTLIER, CLUSTER, OTHER, NEUTRAL, NEUTRAL), strict=True))
@@ -210,7 +210,7 @@ def theorem_5_1_everywhere(setting: Setting) -> Finding:
                 broken[name] += int(np.sum((column <= 0) & (cosine > 0)))
         return np.min(margins, axis=1)
 
-    series = phase_maps(signs)
+    series = phase_maps(signs, phase_grid(signs))
     failures = {str(entry["members"]): entry["failures"] for entry in series["maps"]}
     return Finding(
         [Measurement("grid points with 0 < c < 1 where an inequality fails", sum(failures.values()), "<=", 0)],

@@ -138,6 +138,8 @@ def test_branches_end_at_their_folds(members, cosine):
             # 1e-12 is some thousands of eps: what rounding moves the fold by.
             assert point(members, cosine, float(fold) * (1 + 1e-12)).exists
             assert not point(members, cosine, float(fold) * (1 - 1e-12)).exists
+            # Far below, another branch is there to be taken for this one.
+            assert not any(point(members, cosine, float(fold) * share).exists for share in (0.9, 0.5, 0.1, 1e-3))
 
 
 def test_the_outlier_of_few_opposed_members_has_no_fold():
