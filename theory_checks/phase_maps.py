@@ -112,7 +112,7 @@ def draw_phases(series: Mapping[str, Mapping[str, Any]], figure: Any) -> None:
             if abs(preset["members"] - entry["members"]) <= 2:
                 above.plot(preset["beta"], preset["cosine"], mark, color="black")
                 label = preset["name"] + (f" (K = {preset['members']})" if preset["members"] != entry["members"] else "")
-                above.annotate(label, (preset["beta"], preset["cosine"]), (0, 7), textcoords="offset points", fontsize=8, ha="center")
+                above.annotate(label, (preset["beta"], preset["cosine"]), (7, -3), textcoords="offset points", fontsize=8)
         above.set(xscale="log", xlim=(1, 100), ylim=(cosines[0], cosines[-1]), title=f"K = {entry['members']}", xlabel="β")
         strip = np.geomspace(1e-6, 3.0, size), np.geomspace(1e-5, 0.9, size), entry["strip"]
         below.pcolormesh(*strip, cmap=colours, vmin=-1.5, vmax=1.5, rasterized=True)
