@@ -179,8 +179,8 @@ MUTATIONS = (
     Mutation(
         "rise: sign",
         "forgetting",
-        "return -jnp.where(small, near, far) / beta",
-        "return jnp.where(small, near, far) / beta",
+        "return -lax.cond(jnp.all(small), lambda: near, with_far) / beta",
+        "return lax.cond(jnp.all(small), lambda: near, with_far) / beta",
         "test_forgetting.py::test_both_branches_of_the_rise_and_its_slope",
     ),
     Mutation(

@@ -13,6 +13,7 @@ from scipy import integrate
 
 import hopjax
 from hopjax import Antithetic, ControlVariate, DenseLaw, Plain, PlanarLaw, cluster
+from hopjax.rotation import generator_bound
 from tests import oracles
 from tests.strategies import DOUBLE, landscapes, powers
 
@@ -151,33 +152,48 @@ def test_second_order_without_the_gradient_is_wrong_off_a_fixed_point_and_right_
 # ---- Monte Carlo --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("law", [PlanarLaw(), DenseLaw()], ids=repr)
-@pytest.mark.parametrize(("which", "count"), [("plane", 1), ("plane", 5), ("space", 2), ("space", 4)])
+@pytest.mark.parametrize(
+    ("which", "count", "law"),
+    [
+        *((which, count, PlanarLaw()) for which, count in (("plane", 1), ("plane", 5), ("space", 2), ("space", 4))),
+        *((which, count, DenseLaw()) for which, count in (("plane", 5), ("space", 2))),
+    ],
+)
 def test_estimates_are_unbiased(key, which, count, law):
     rng = np.random.default_rng(count)
     dim, average = (2, plane_average) if which == "plane" else (3, space_average)
     memories, state = rng.standard_normal((count, dim)), rng.standard_normal(dim)
     beta, epsilon, sigma = 1.5, 0.5, 0.8
 
-    @jax.jit
-    def estimate(key):
-        arguments = (jnp.asarray(state), jnp.asarray(memories), beta)
-        options = {"epsilon": epsilon, "sigma": sigma, "draws": 20_000, "law": law, "batch": 3000}  # the last batch is cut
-        linear = [hopjax.average_rise(key, *arguments, estimator=estimator, **options) for estimator in ESTIMATORS]
-        return linear, hopjax.rotation_average(key, *arguments, observable=lambda r: jnp.stack([jnp.exp(r), r**2]), **options)
+    observables = (lambda rise: rise, np.exp, np.square)
 
-    linear, curved = estimate(key)
-    exact = average(state, memories, beta, epsilon, sigma)
-    for estimator, result in zip(ESTIMATORS, linear, strict=True):
-        assert abs(float(result.mean) - exact) <= 6 * float(result.standard_error), estimator  # a false alarm in 5e8
-        assert 0 < result.standard_error < 0.05
-    assert abs(float(linear[0].effective_draws) - 20_000) <= 20_000 * 64 * EPS  # plain draws are what they are
-    # Pairs help; the second order helps only where ε is small, and angles of 0.5 are not.
-    assert linear[1].effective_draws > 20_000
-    assert linear[2].effective_draws > 20_000
-    for i, observable in enumerate((np.exp, np.square)):
+    @jax.jit
+    def estimate(key, state, memories):
+        def run(estimator):
+            return hopjax.rotation_average(
+                *(key, state, memories, beta),
+                epsilon=epsilon,
+                sigma=sigma,
+                draws=20_000,
+                observable=lambda rise: jnp.stack([rise, jnp.exp(rise), rise**2]),
+                estimator=estimator,
+                law=law,
+                batch=3000,  # the last batch is cut
+            )
+
+        return [run(estimator) for estimator in ESTIMATORS]
+
+    estimates = estimate(key, state, memories)
+    for i, observable in enumerate(observables):
         exact = average(state, memories, beta, epsilon, sigma, observable)
-        assert abs(float(curved.mean[i]) - exact) <= 6 * float(curved.standard_error[i])
+        for estimator, result in zip(ESTIMATORS, estimates, strict=True):
+            # 54 comparisons: a false alarm in 1e7 runs.
+            assert abs(float(result.mean[i]) - exact) <= 6 * float(result.standard_error[i]), (i, estimator)
+            assert 0 < result.standard_error[i] < 0.05
+    np.testing.assert_allclose(estimates[0].effective_draws, 20_000, rtol=64 * EPS)  # plain draws are what they are
+    # Pairs help; the second order helps only where ε is small, and angles of 0.5 are not.
+    assert estimates[1].effective_draws[0] > 20_000
+    assert estimates[2].effective_draws[0] > 20_000
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
@@ -212,10 +228,9 @@ def test_the_control_variate_sees_the_theorem(key):
 
 def test_the_residual_of_the_control_variate_is_of_fourth_order(key):
     rows = jax.jit(lambda: cluster.memories(**ASYMPTOTIC))()
-    errors = []
-    for epsilon in (2e-3, 4e-3):
-        run = jax.jit(lambda key, e=epsilon: hopjax.average_rise(key, rows[0], rows, 20.0, epsilon=e, sigma=1.0))
-        errors.append(float(run(key).standard_error))
+    law = PlanarLaw(angle=generator_bound(64, 4e-3, 1.0))  # both ε in one program
+    run = jax.jit(jax.vmap(lambda epsilon: hopjax.average_rise(key, rows[0], rows, 20.0, epsilon=epsilon, sigma=1.0, law=law)))
+    errors = run(np.array([2e-3, 4e-3])).standard_error
     assert 12 < errors[1] / errors[0] < 20  # 2⁴
 
 
@@ -223,27 +238,28 @@ def test_odd_orders_cancel_in_pairs(key):
     """Off a fixed point the rise is linear in ε: the plain error is O(ε), that of pairs O(ε²)."""
     rng = np.random.default_rng(1)
     memories, state = jnp.asarray(rng.standard_normal((3, 6))), jnp.asarray(rng.standard_normal(6))
-    errors = {}
-    for epsilon in (1e-4, 2e-4):
-        run = jax.jit(
-            lambda key, e=epsilon: [
-                hopjax.average_rise(key, state, memories, 1.0, epsilon=e, sigma=1.0, estimator=s) for s in ESTIMATORS[:2]
-            ]
-        )
-        errors[epsilon] = [float(result.standard_error) for result in run(key)]
-    ratios = np.divide(errors[2e-4], errors[1e-4])
+    law = PlanarLaw(angle=generator_bound(6, 2e-4, 1.0))
+
+    @jax.jit
+    @jax.vmap
+    def errors(epsilon):
+        options: dict[str, Any] = {"epsilon": epsilon, "sigma": 1.0, "law": law}
+        return [
+            hopjax.average_rise(key, state, memories, 1.0, estimator=estimator, **options).standard_error for estimator in ESTIMATORS[:2]
+        ]
+
+    ratios = [error[1] / error[0] for error in errors(np.array([1e-4, 2e-4]))]
     np.testing.assert_allclose(ratios, [2, 4], rtol=0.01)
 
 
 def test_batches_and_laws_estimate_the_same(key):
     rows = jax.jit(lambda: cluster.memories(members=4, dim=8, cosine=0.3))()
     results = []
-    for law in (PlanarLaw(), DenseLaw()):
-        for batch in (7, 100, 5000):
-            run = jax.jit(
-                lambda key, law=law, batch=batch: hopjax.average_rise(key, rows[0], rows, 3.0, epsilon=0.2, sigma=1.0, law=law, batch=batch)
-            )
-            results.append(run(key))
+    for law, batch in ((PlanarLaw(), 7), (PlanarLaw(), 5000), (DenseLaw(), 100)):
+        run = jax.jit(
+            lambda key, law=law, batch=batch: hopjax.average_rise(key, rows[0], rows, 3.0, epsilon=0.2, sigma=1.0, law=law, batch=batch)
+        )
+        results.append(run(key))
     means, errors = np.array([r.mean for r in results]), np.array([r.standard_error for r in results])
     centre = np.average(means, weights=errors**-2)
     assert np.abs((means - centre) / errors).max() < 6
@@ -266,12 +282,12 @@ def test_samples_have_the_mean_of_the_estimate(key, cosine):
     rows = jax.jit(lambda: cluster.memories(members=5, dim=30, cosine=cosine))()
 
     @jax.jit
-    def both(key):
+    def both(key, rows):
         keys = jax.random.split(key)
         samples = hopjax.sample_rises(keys[0], rows[0], rows, 6.0, epsilon=0.05, sigma=1.0, draws=4000)
         return samples, hopjax.average_rise(keys[1], rows[0], rows, 6.0, epsilon=0.05, sigma=1.0)
 
-    samples, estimate = both(key)
+    samples, estimate = both(key, rows)
     error = math.hypot(float(np.std(samples)) / math.sqrt(4000), float(estimate.standard_error))
     assert samples.shape == (4000,)
     assert abs(float(np.mean(samples)) - float(estimate.mean)) <= 6 * error
@@ -351,7 +367,7 @@ def test_a_beta_that_is_no_temperature_gives_nan(key, beta):
     rows = jnp.eye(3, 4)
 
     @jax.jit
-    def everything(beta):
+    def everything(key, beta):
         estimate = hopjax.average_rise(key, rows[0], rows, beta, epsilon=0.1, sigma=1.0, draws=4)
         return [
             *estimate,
@@ -361,13 +377,13 @@ def test_a_beta_that_is_no_temperature_gives_nan(key, beta):
             hopjax.second_order_rise(rows[0], rows, beta, epsilon=0.1, sigma=1.0),
         ]
 
-    assert np.isnan(everything(beta)).all()
+    assert np.isnan(everything(key, beta)).all()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_memory_that_is_not_finite_gives_nan(key, value):
     rows = np.eye(3, 4)
     rows[2, 1] = value
-    run = jax.jit(lambda rows: hopjax.average_rise(key, rows[0] + 0.5, rows, 2.0, epsilon=0.1, sigma=1.0, draws=4))
-    assert np.isnan(run(rows)).all()
+    run = jax.jit(lambda key, rows: hopjax.average_rise(key, rows[0] + 0.5, rows, 2.0, epsilon=0.1, sigma=1.0, draws=4))
+    assert np.isnan(run(key, rows)).all()
     assert np.isnan(energy_change(np.full(4, 0.5), np.eye(3, 4), rows, 2.0))

@@ -106,7 +106,7 @@ def test_rotating_memories_is_rotating_the_state_back(dim, seed, beta, norm, eps
 # ---- The planar law -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("epsilon", [1e-8, 0.1, 1.5])
+@pytest.mark.parametrize("epsilon", [1e-8, 1.5])
 def test_in_the_plane_the_angle_is_the_entry(key, epsilon):
     draw = planar(2, epsilon, 0.7)(jax.random.split(key, 1000))
     angle = epsilon * np.asarray(draw.speed)
@@ -117,9 +117,8 @@ def test_in_the_plane_the_angle_is_the_entry(key, epsilon):
     assert stats.kstest(np.asarray(draw.speed) / 0.7, stats.chi(1).cdf).pvalue >= LEVEL
 
 
-@pytest.mark.parametrize("epsilon", [0.3, 1.2])
-def test_in_space_it_is_rodrigues(key, epsilon):
-    keys = jax.random.split(key, 4000)
+def test_in_space_it_is_rodrigues(key):
+    epsilon, keys = 1.2, jax.random.split(key, 4000)
     draw, (across, along) = planar(3, epsilon)(keys), entries(keys, 3, 3).T
     # A = [ω]×: |Ax|² = |ω|² − (ω·x)², so versine = (1 − cos ε|ω|)·|Ax|²/|ω|².
     omega = np.hypot(across, along)
@@ -132,7 +131,7 @@ def test_in_space_it_is_rodrigues(key, epsilon):
     assert stats.ks_2samp(draw.versine, independent).pvalue >= LEVEL
 
 
-@pytest.mark.parametrize(("dim", "epsilon"), [(2, 1.0), (3, 0.5), (5, 1.0), (50, 0.02), (10**6, 1e-3), (10**6, 5e-3)])
+@pytest.mark.parametrize(("dim", "epsilon"), [(5, 1.0), (10**6, 5e-3)])
 def test_cosine_and_sine_are_those_of_one_angle(key, dim, epsilon):
     draw = planar(dim, epsilon)(jax.random.split(key, 200))
     versine, sine = np.asarray(draw.versine), np.asarray(draw.sine)
@@ -144,7 +143,7 @@ def test_cosine_and_sine_are_those_of_one_angle(key, dim, epsilon):
     assert (sine >= 0).all()
 
 
-@pytest.mark.parametrize(("dim", "epsilon"), [(50, 1e-8), (4, 1e-8), (10**6, 1e-8), (12, 0.3), (20, 0.6)])
+@pytest.mark.parametrize(("dim", "epsilon"), [(50, 1e-8), (10**6, 1e-8), (20, 0.6)])
 def test_versines_keep_their_relative_accuracy(key, dim, epsilon):
     keys = jax.random.split(key, 8)
     size = lanczos_size(dim, epsilon, 1.0)
@@ -165,7 +164,7 @@ def test_versines_keep_their_relative_accuracy(key, dim, epsilon):
         assert abs(mpf(float(sine)) - length) <= 128 * EPS * bound * max(length, mpf(0.01) * bound * epsilon)
 
 
-@pytest.mark.parametrize(("dim", "epsilon"), [(30, 0.05), (1000, 0.01), (64, 0.2)])
+@pytest.mark.parametrize(("dim", "epsilon"), [(1000, 0.01), (64, 0.2)])
 def test_more_lanczos_vectors_change_nothing(key, dim, epsilon):
     keys, size = jax.random.split(key, 50), lanczos_size(dim, epsilon, 1.0)
     assert size < dim
@@ -207,7 +206,6 @@ SETTINGS = {  # (memories, state scale, ε): fewer memories than dimensions, exa
     "as many": ((5, 5), 0.4),
     "more": ((9, 4), 0.3),
     "plane": ((1, 2), 0.8),
-    "plane, many": ((3, 2), 0.8),
     "large angles": ((3, 6), 1.2),
     "duplicates": ((4, 9), 0.2),
 }
@@ -250,7 +248,7 @@ def test_the_two_laws_agree(key, name):
             assert abs(terms.mean() - mean) <= 6 * terms.std() / math.sqrt(len(terms)) + 1e-12
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", ["fewer", "plane", "large angles"])
 @pytest.mark.parametrize("law", [DenseLaw(), PlanarLaw()], ids=repr)
 def test_overlaps_are_those_of_one_rotated_vector(key, name, law):
     """Gram test: x + shift, seen by memories that span the space, has the length of x."""
@@ -276,7 +274,7 @@ def test_a_state_at_the_origin_stays(key, law, shape):
 def test_dependent_memories_are_no_obstacle(key, cosine):
     """c = −1/(K−1): the members sum to zero, and so must their shifts."""
     rows = jax.jit(lambda: cluster.memories(5, 40, cosine))()
-    moves = jax.jit(lambda key: PlanarLaw().sampler(rows[0], rows, epsilon=0.05, sigma=1.0)(key, 200))(key)
+    moves = jax.jit(lambda key, rows: PlanarLaw().sampler(rows[0], rows, epsilon=0.05, sigma=1.0)(key, 200))(key, rows)
     total = np.asarray(moves.shift)[:, :5].sum(axis=1)
     if cosine < 0:
         np.testing.assert_allclose(total, 0, atol=1e-14)
