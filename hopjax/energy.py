@@ -94,7 +94,8 @@ def _centred(state: Array, memories: Array, beta: ArrayLike) -> tuple[Array, Arr
 def _spread(p: Array, memories: Array) -> Array:
     """Σ p_μ|ξ_μ − T|² = Σ p_μ|ξ_μ|² − |T|².
 
-    Taken about the heaviest memory: its own term is exactly zero, what is left has the size of the leakage, and nothing cancels.
+    Taken about the heaviest memory, whose own term is then exactly zero: what is left has the size of the leakage. Absolute error of a few
+    eps·R² times the leakage.
     """
     top = jnp.argmax(p)
     lead, off = memories[top], p.at[top].set(0.0)

@@ -63,8 +63,9 @@ class Picard:
 class Newton:
     """Newton's step where it is safe, the plain map elsewhere: quadratic convergence, also at the onset.
 
-    The step solves a system of order min(m, d). It is taken if it at least quarters the residual without raising the energy, and
-    if it goes downhill. The guard makes a jump to another basin unlikely, not impossible: use `Picard` where that matters.
+    The step solves a system of order min(m, d). It is taken if it goes downhill, at least quarters the residual without raising the energy,
+    and is no longer than the distance at which the residual allows a root. The guard makes a jump to another basin unlikely, not
+    impossible: use `Picard` where that matters.
     """
 
     def start(self, state: Array) -> tuple[Array, ...]:
@@ -106,13 +107,18 @@ class Anderson:
 
 
 def _guarded(state: Array, candidate: Array, admissible: Array, memories: Array, beta: Array) -> Array:
-    """`candidate` if it quarters the residual and does not climb; otherwise one step of the map."""
+    """`candidate` if it quarters the residual, does not climb and is not far; otherwise one step of the map.
+
+    A root is within the order of the residual, and even where two roots merge within that of its square root, in units of the
+    state's size: what lies farther is another fixed point.
+    """
     plain = update_map(state, memories, beta)
     residual, candidate_residual = jnp.linalg.norm(plain - state), jnp.linalg.norm(gradient(candidate, memories, beta))
     now = energy(state, memories, beta)
     rounding = 8 * jnp.finfo(state.dtype).eps * (jnp.abs(now) + _matmul(state, state))
     descends = energy(candidate, memories, beta) <= now + rounding
-    return jnp.where(admissible & descends & (candidate_residual <= 0.25 * residual), candidate, plain)
+    close = jnp.sum((candidate - state) ** 2) <= residual * jnp.maximum(jnp.linalg.norm(plain), jnp.linalg.norm(state))
+    return jnp.where(admissible & descends & close & (candidate_residual <= 0.25 * residual), candidate, plain)
 
 
 def _hessian_solve(state: Array, right: Array, memories: Array, beta: ArrayLike) -> Array:

@@ -128,7 +128,10 @@ class Antithetic:
 
 @dataclass(frozen=True)
 class ControlVariate:
-    """Antithetic pairs less their second-order part, whose mean is known in closed form: the residual is O(ε⁴)."""
+    """Antithetic pairs less their second-order part, whose mean is known in closed form: the residual is O(ε⁴).
+
+    For small rotations; at angles of order one the second order says little and `Antithetic` alone has the smaller error.
+    """
 
     rotations = 2
 

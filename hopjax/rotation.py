@@ -186,7 +186,8 @@ class Moves(NamedTuple):
 
     Attributes:
         shift: ξ_μ·(Rᵀx − x).
-        mirrored: the same for −A, the antithetic twin.
+        mirrored: an antithetic twin: the same for −A in `DenseLaw`, for −v in `PlanarLaw`. Either has the law of `shift` and
+            the opposite first order; their higher orders pair up differently.
         tangent: ξ_μ·(Ax), up to a sign shared by all memories.
         centripetal: ξ_μ·(A²x), or its mean given the plane of the rotation.
     """
