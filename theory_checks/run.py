@@ -44,11 +44,15 @@ MODULES = (
 BEGUN_FIRST = ("theorem_4_1", "replay_identity", "theorem_5_1")
 
 
+def _module(claim: Claim) -> str:
+    return claim.check.__module__.rpartition(".")[2]
+
+
 def load() -> Mapping[str, Claim]:
-    """All claims of the paper that are checked, by name."""
+    """All claims of the paper that are checked, by name, in the order of `MODULES`, whichever was imported first."""
     for module in MODULES:
         importlib.import_module(f"theory_checks.{module}")
-    return REGISTRY
+    return {name: claim for module in MODULES for name, claim in REGISTRY.items() if _module(claim) == module}
 
 
 def select(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
@@ -80,7 +84,7 @@ class Job(NamedTuple):
 def jobs(claims: Iterable[Claim], presets: Sequence[Preset], seed: int, rotations: int) -> list[Job]:
     """What to run. A claim that is run once gets the first of all presets, whichever are asked for, and must not look at it."""
     always = next(iter(PRESETS.values()))
-    claims = sorted(claims, key=lambda claim: claim.check.__module__.rpartition(".")[2] not in BEGUN_FIRST)
+    claims = sorted(claims, key=lambda claim: _module(claim) not in BEGUN_FIRST)
     return [
         Job(claim.name, preset.name if claim.per_preset else "", Setting(preset, seed, rotations))
         for claim in claims
