@@ -465,7 +465,12 @@ def test_a_process_that_ends_loses_its_task_alone():
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_ends_the_run_and_its_processes(tmp_path, name):
     command = [sys.executable, "-m", "theory_checks", "--out", str(tmp_path)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    # A shell's background job ignores the signal, and so would what it starts.
+    previous = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    finally:
+        signal.signal(signal.SIGINT, previous)
     assert process.stdout
     process.stdout.readline()  # the first check is done
     os.killpg(process.pid, getattr(signal, name)) if name == "SIGINT" else process.terminate()
