@@ -9,8 +9,6 @@ G = \beta^{-1}\log\frac{1 + \pi e^{\beta\Delta E}}{1 + \pi}, \qquad
 Everything takes log π, so weights of 1e-300 are numbers like any other. Source: arXiv:2605.27975, Eqs. (13)-(15), (86)-(97).
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Key, Real
@@ -109,7 +107,10 @@ def average_gain(
     `rotation_average` for the arguments.
     """
     log_pi = log_weight_matrix(state[None], replayed, memories, beta)[0]
-    observable: Callable[[Array], Array] = lambda rise: gain(log_pi, jnp.broadcast_to(rise, log_pi.shape), beta)  # noqa: E731
+
+    def observable(rise: Array) -> Array:
+        return gain(log_pi, jnp.broadcast_to(rise, log_pi.shape), beta)
+
     return rotation_average(
         key,
         state,

@@ -25,25 +25,21 @@ class UsageError(Exception):
     """What was asked for cannot be done: one line that says what, why, and what to do instead."""
 
 
-def _whole(_: object, tokens: Sequence[Any]) -> int:
-    """An integer and nothing that could be rounded to one."""
-    text = tokens[0].value
-    try:
-        return int(text)
-    except ValueError:
-        raise UsageError(f"{tokens[0].keyword} {text} is not a whole number: give one, such as {tokens[0].keyword} 20") from None
+def _number(kind: type[int] | type[float], name: str, example: str) -> Parameter:
+    """A number of this kind, and nothing that could be rounded to one."""
+
+    def convert(_: object, tokens: Sequence[Any]) -> int | float:
+        option, text = tokens[0].keyword, tokens[0].value
+        try:
+            return kind(text)
+        except ValueError:
+            raise UsageError(f"{option} {text} is not a {name}: give one, such as {option} {example}") from None
+
+    return Parameter(converter=convert)
 
 
-def _real(_: object, tokens: Sequence[Any]) -> float:
-    text = tokens[0].value
-    try:
-        return float(text)
-    except ValueError:
-        raise UsageError(f"{tokens[0].keyword} {text} is not a number: give one, such as {tokens[0].keyword} 0.5") from None
-
-
-Whole = Annotated[int, Parameter(converter=_whole)]
-Real = Annotated[float, Parameter(converter=_real)]
+Whole = Annotated[int, _number(int, "whole number", "20")]
+Real = Annotated[float, _number(float, "number", "0.5")]
 
 app = App(
     name="python -m theory_checks",

@@ -13,6 +13,7 @@ import hopjax
 from hopjax import cluster
 from theory_checks.claim import Finding, Measurement, Setting, claim
 from theory_checks.figures import CLUSTER, OTHER, OUTLIER
+from theory_checks.phase_maps import in_lanes
 
 EPS = float(np.finfo(float).eps)
 TOLERANCE = 1e-13  # |x − T(x)| at which the iteration stops
@@ -24,25 +25,19 @@ def symmetric_logs(members: Any, cosine: Any, beta: Any) -> dict[str, np.ndarray
     Returns: the logarithms p, q (at the outlier) and a, b, r (at a member) of the weights, of the leakages "outlier" and "cluster", and the
     solvers' "outlier condition" and "cluster condition"; NaN where there is no fixed point.
     """
-    block = 64  # one shape, hence one compiled program for every check
 
     @jax.jit
+    @jax.vmap
     def solve(members: jax.Array, cosine: jax.Array, beta: jax.Array) -> dict[str, jax.Array]:
-        def one(members: jax.Array, cosine: jax.Array, beta: jax.Array) -> dict[str, jax.Array]:
-            outlier, member = cluster.outlier_point(members, cosine, beta), cluster.cluster_point(members, cosine, beta)
-            found = {"p": outlier.log_self, "q": outlier.log_member, "outlier condition": outlier.condition}
-            found |= {"a": member.log_self, "b": member.log_other, "r": member.log_outlier, "cluster condition": member.condition}
-            found |= {"outlier": cluster.log_outlier_leakage(outlier, members)}
-            return found | {"cluster": cluster.log_cluster_leakage(member, members)}
+        outlier, member = cluster.outlier_point(members, cosine, beta), cluster.cluster_point(members, cosine, beta)
+        found = {"p": outlier.log_self, "q": outlier.log_member, "outlier condition": outlier.condition}
+        found |= {"a": member.log_self, "b": member.log_other, "r": member.log_outlier, "cluster condition": member.condition}
+        found |= {"outlier": cluster.log_outlier_leakage(outlier, members)}
+        return found | {"cluster": cluster.log_cluster_leakage(member, members)}
 
-        return jax.vmap(one)(members, cosine, beta)
-
-    points = np.broadcast_arrays(*(np.asarray(part, dtype=float) for part in (members, cosine, beta)))
-    padded = np.stack([part.ravel() for part in points])
-    padded = np.pad(padded, ((0, 0), (0, -padded.shape[1] % block)), mode="edge")
-    blocks = [solve(*padded[:, start : start + block]) for start in range(0, padded.shape[1], block)]
-    joined = {name: np.concatenate([np.asarray(part[name]) for part in blocks]) for name in blocks[0]}
-    return {name: part[: points[0].size].reshape(points[0].shape) for name, part in joined.items()}
+    points = np.broadcast_arrays(members, cosine, beta)
+    solved = in_lanes(solve, *(part.ravel() for part in points))
+    return {name: part.reshape(points[0].shape) for name, part in solved.items()}
 
 
 def _weights_in_50_digits(members: int, cosine: float, beta: float, near_outlier: bool) -> list[float]:
