@@ -10,7 +10,7 @@ Kernels take one state and are jit-, vmap- and grad-able. The general ones are e
 Source: arXiv:2605.27975.
 """
 
-from hopjax import asymptotics, cluster, correspondence, gaps
+from hopjax import asymptotics, cluster, correspondence, gaps, tiled
 from hopjax.energy import (
     energy,
     gradient,
@@ -115,6 +115,7 @@ __all__ = [
     "second_order_rise",
     "sharpness",
     "susceptibility",
+    "tiled",
     "unit_displacement",
     "unit_entries",
     "update_map",
