@@ -1,7 +1,8 @@
 """hopjax: forgetting in generative models, seen through the modern Hopfield energy.
 
 Kernels take one state and are jit-, vmap- and grad-able. The general ones are exported here; those of the cluster-plus-outlier model
-(`cluster`, `gaps`, `asymptotics`) and of diffusion (`correspondence`) live in their modules.
+(`cluster`, `gaps`, `asymptotics`), of diffusion (`correspondence`), of whole data sets (`tiled`) and replay buffers (`buffer`) live in
+their modules.
 
 >>> import jax, hopjax
 >>> memories = hopjax.cluster.memories(members=12, dim=50, cosine=0.35)
@@ -10,7 +11,7 @@ Kernels take one state and are jit-, vmap- and grad-able. The general ones are e
 Source: arXiv:2605.27975.
 """
 
-from hopjax import asymptotics, cluster, correspondence, gaps, tiled
+from hopjax import asymptotics, buffer, cluster, correspondence, gaps, tiled
 from hopjax.energy import (
     energy,
     gradient,
@@ -81,6 +82,7 @@ __all__ = [
     "average_gain",
     "average_rise",
     "baseline_gain",
+    "buffer",
     "cluster",
     "correspondence",
     "displacement",

@@ -99,7 +99,8 @@ def of_tile(
     w = jnp.exp(below)
 
     def where_best(values: Array, best: Array) -> Array:
-        return jnp.min(jnp.where(values == best[:, None], index[None], NO_INDEX), axis=1)
+        found = jnp.min(jnp.where(values == best[:, None], index[None], NO_INDEX), axis=1)
+        return jnp.where(jnp.isfinite(best), found, NO_INDEX)  # no memory counts, or a number is none
 
     def distances() -> Array:
         squared = squares[None] + (jnp.sum(states**2, axis=1)[:, None] - 2 * overlaps)
@@ -110,7 +111,7 @@ def of_tile(
         "radial": lambda: jnp.sum(w * (overlaps - jnp.sum(states**2, axis=1)[:, None]) ** 2, axis=1),
         "square": lambda: _matmul(w, squares),
         "mean": lambda: _matmul(w, memories),
-        "heaviest": lambda: jnp.where(largest > -jnp.inf, where_best(logits, largest), NO_INDEX),
+        "heaviest": lambda: where_best(logits, largest),
         "nearest": lambda: where_best(distances(), jnp.min(distances(), axis=1)),
         "closest": lambda: jnp.min(distances(), axis=1),
     }

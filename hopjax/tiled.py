@@ -11,7 +11,8 @@ the memories other than the state's own, sharpness and rise R² times that plus 
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -159,14 +160,18 @@ def _checked(states: Array, memories: Array, own: Any, log_prior: Any) -> tuple[
     check_rows(states, memories)
     count = memories.shape[0]
     offset = jnp.zeros(count, memories.dtype) if log_prior is None else jnp.asarray(log_prior, memories.dtype)
-    if offset.shape != (count,):
-        raise ValueError(f"log_prior has shape {offset.shape}: need ({count},), one number per memory")
+    _check_prior(offset, count)
     if own is None:
         return None, offset
     own = jnp.asarray(own, jnp.int32)
     if own.shape != states.shape[:1]:
         raise ValueError(f"own has shape {own.shape}: need ({states.shape[0]},), one index per state")
     return own, offset
+
+
+def _check_prior(log_prior: Rows, count: int) -> None:
+    if log_prior.shape != (count,):
+        raise ValueError(f"log_prior has shape {log_prior.shape}: need ({count},), one number per memory")
 
 
 def check_rows(states: Rows, memories: Rows) -> None:
@@ -239,7 +244,7 @@ class Block(NamedTuple):
     values: dict[str, np.ndarray]
 
 
-class _Sizes(NamedTuple):
+class Sizes(NamedTuple):
     """What keeps all buffers within the memory limit: states a block, memories a tile, memories on the device at a time."""
 
     states: int
@@ -247,7 +252,8 @@ class _Sizes(NamedTuple):
     memories: int
 
 
-def _sizes(count: int, memories: Rows, needs: Collection[str], memory_limit: int, tile: Tile | None) -> _Sizes:
+def plan(count: int, memories: Rows, needs: Collection[str], memory_limit: int, tile: Tile | None) -> Sizes:
+    """Sizes for `count` states and these memories. Raises ValueError for a limit that even the smallest tiles exceed."""
     total, dim = memories.shape
     item = jax.dtypes.canonicalize_dtype(memories.dtype).itemsize
     wanted = tile or default_tile(dim)
@@ -267,8 +273,8 @@ def _sizes(count: int, memories: Rows, needs: Collection[str], memory_limit: int
     if least > memory_limit:
         raise ValueError(f"memory_limit={memory_limit} is too small: tiles of {states} × {columns} of dimension {dim} need {least} bytes")
     if on_device:
-        return _Sizes(states, columns, total)
-    return _Sizes(states, columns, min(total, (memory_limit - held(states, columns, 0)) // per_memory // columns * columns))
+        return Sizes(states, columns, total)
+    return Sizes(states, columns, min(total, (memory_limit - held(states, columns, 0)) // per_memory // columns * columns))
 
 
 class _Programs(NamedTuple):
@@ -346,56 +352,78 @@ def stream(
             raise ValueError(
                 f"own must hold one index per state, 0 … {len(memories) - 1}: got shape {own.shape}, {own.min()} … {own.max()}"
             )
-    if log_prior is not None and np.shape(log_prior) != (len(memories),):
-        raise ValueError(f"log_prior has shape {np.shape(log_prior)}: need ({len(memories)},), one number per memory")
-    sizes = _sizes(len(states), memories, needs, memory_limit, tile)
-    return _blocks(states, memories, beta, tuple(quantities), needs, own, log_prior, sizes, start)
+    sizes = plan(len(states), memories, needs, memory_limit, tile)
+    return _blocks(states, feed(memories, log_prior, sizes.memories), beta, tuple(quantities), needs, own, sizes, start)
+
+
+@dataclass(frozen=True, eq=False)
+class Feed:
+    """Memories as they come to the device, piece by piece, all of one shape: the last one reaches back, to what no longer counts.
+
+    Attributes:
+        memories: on the host or on a device.
+        prior: log π of each, in the dtype of the computation.
+        rows: memories a piece; one that has them all stays on the device.
+    """
+
+    memories: Rows
+    prior: NDArray[np.floating]
+    rows: int
+
+    def __iter__(self) -> Iterator[tuple[int, Array, Array]]:
+        """Index of the piece's first memory, the memories' offsets, the memories."""
+        return iter([self._whole]) if self.rows == len(self.memories) else map(self._piece, range(0, len(self.memories), self.rows))
+
+    @cached_property
+    def _whole(self) -> tuple[int, Array, Array]:
+        return 0, jnp.asarray(self.prior), jnp.asarray(self.memories, self.prior.dtype)
+
+    def _piece(self, begun: int) -> tuple[int, Array, Array]:
+        end = min(begun + self.rows, len(self.memories))
+        first = end - self.rows
+        offset = np.where(np.arange(first, end) < begun, -np.inf, self.prior[first:end]).astype(self.prior.dtype)
+        return first, jnp.asarray(offset), jnp.asarray(self.memories[first:end], self.prior.dtype)
+
+
+def feed(memories: Rows, log_prior: NDArray[np.floating] | None, rows: int) -> Feed:
+    """A feed in the dtype that JAX computes in. Raises ValueError unless there is one number per memory."""
+    dtype = jax.dtypes.canonicalize_dtype(memories.dtype)
+    prior = np.zeros(len(memories), dtype) if log_prior is None else np.asarray(log_prior, dtype)
+    _check_prior(prior, len(memories))
+    return Feed(memories, prior, rows)
+
+
+def pieces(count: int, rows: int, start: int = 0) -> Iterator[tuple[int, int, int]]:
+    """(first, begun, end): rows `begun` … `end` in pieces of one shape, which for the last one takes those from `first` on."""
+    for begun in range(start, count, rows):
+        end = min(begun + rows, count)
+        yield max(0, end - rows), begun, end
 
 
 def _blocks(
     states: Rows,
-    memories: Rows,
+    feed: Feed,
     beta: float,
     quantities: tuple[str, ...],
     needs: tuple[str, ...],
     own: NDArray[np.integer] | None,
-    log_prior: NDArray[np.floating] | None,
-    sizes: _Sizes,
+    sizes: Sizes,
     start: int,
 ) -> Iterator[Block]:
     none, step, finish = _programs(jax.default_backend())
-    dtype = jax.dtypes.canonicalize_dtype(states.dtype)
-    b = np.asarray(beta, dtype)
-    prior = np.zeros(len(memories), dtype) if log_prior is None else np.asarray(log_prior, dtype)
-
-    def pieces() -> Iterator[tuple[int, Array, Array]]:
-        """The memories on the device: index of the first, their offsets, themselves. The last piece reaches back."""
-        for begun in range(0, len(memories), sizes.memories):
-            end = min(begun + sizes.memories, len(memories))
-            first = end - sizes.memories
-            offset = np.where(np.arange(first, end) < begun, -np.inf, prior[first:end]).astype(dtype)
-            yield (
-                first,
-                jnp.asarray(offset),
-                jnp.asarray(memories if first == 0 == begun and end == len(memories) else memories[first:end], dtype),
-            )
-
-    kept = list(pieces()) if sizes.memories == len(memories) else None
-    count = sizes.states
-    for begun in range(start, len(states), count):
-        end = min(begun + count, len(states))
-        first = max(0, end - count)
-        x = jnp.asarray(states[first:end], dtype)
-        me = None
+    b = np.asarray(beta, feed.prior.dtype)
+    for first, begun, end in pieces(len(states), sizes.states, start):
+        x = jnp.asarray(states[first:end], b.dtype)
+        me = own_prior = None
         if own is not None:
-            _check_stored(states, memories, own, begun, end)
-            me = own[first:end].astype(np.int32)
+            _check_stored(states, feed.memories, own, begun, end)
+            me, own_prior = own[first:end].astype(np.int32), feed.prior[own[first:end]]
         moments = none(x, needs)
-        for place, offset, piece in kept or pieces():
+        for place, offset, memories in feed:
             # The step before was computed while this piece arrived; no more than two are held.
             jax.block_until_ready(moments)
-            moments = step(moments, x, piece, b, offset, me, needs=needs, rows=sizes.tile, first=place)
-        values = finish(moments, x, b, None if me is None else prior[me], names=quantities)
+            moments = step(moments, x, memories, b, offset, me, needs=needs, rows=sizes.tile, first=place)
+        values = finish(moments, x, b, own_prior, names=quantities)
         yield Block(slice(begun, end), {name: np.asarray(value)[begun - first :] for name, value in values.items()})
 
 

@@ -11,8 +11,8 @@ import pytest
 
 import hopjax
 
-# `data`, an extra with needs of its own, is not imported by the package.
-MODULES = [module.name for module in pkgutil.iter_modules(hopjax.__path__) if not module.ispkg]
+# `data` and `cli`, extras with needs of their own, are not imported by the package.
+MODULES = [module.name for module in pkgutil.iter_modules(hopjax.__path__) if not module.ispkg and module.name != "__main__"]
 
 
 def public_functions():
@@ -55,7 +55,7 @@ def test_results_are_pytrees_and_strategies_are_immutable(name):
 
 
 @pytest.mark.parametrize("name", ["__init__", *MODULES])
-def test_modules_need_jax_only(name):
+def test_modules_need_the_dependencies_only(name):
     tree = ast.parse(Path(hopjax.__path__[0], f"{name}.py").read_text())
     assert ast.get_docstring(tree)
     for node in ast.walk(tree):
@@ -63,7 +63,7 @@ def test_modules_need_jax_only(name):
         imported += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         for module in imported:
             root = module.split(".")[0]
-            assert root in {"jax", "jaxtyping", "numpy", "hopjax"} or root in sys.stdlib_module_names, module
+            assert root in {"jax", "jaxtyping", "numpy", "scipy", "hopjax"} or root in sys.stdlib_module_names, module
             assert root != "__future__"  # annotations are checked, not strings
 
 
