@@ -21,11 +21,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks import kernels, rotations, scalar_fixed_points, startup, variance, verify
+from benchmarks import kernels, rotations, scalar_fixed_points, startup, streaming, variance, verify
 from benchmarks.row import Bench, Goal, Row
 
 SUBJECTS: dict[str, ModuleType] = {
-    module.__name__.rpartition(".")[2]: module for module in (rotations, variance, scalar_fixed_points, startup, kernels, verify)
+    module.__name__.rpartition(".")[2]: module for module in (rotations, variance, scalar_fixed_points, streaming, startup, kernels, verify)
 }
 
 
@@ -44,7 +44,7 @@ def _ratio(value: float | None) -> str:
 
 def _goal(goal: Goal, row: Row) -> str:
     if goal.of == "ratio":
-        return f"ratio {goal.relation} {goal.bound:,.0f}"
+        return f"ratio {goal.relation} {goal.bound:,.3g}" if goal.bound < 1000 else f"ratio {goal.relation} {goal.bound:,.0f}"
     if goal.of == "error":
         return f"accuracy {goal.relation} {goal.bound:g}"
     return f"{goal.relation} {_quantity(goal.bound, row.unit)}"

@@ -16,11 +16,11 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, ArrayLike, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int, Real
 from numpy.typing import NDArray
 
 from hopjax.moments import QUANTITIES, Moments, Softmax, all_reduce, empty
-from hopjax.tiled import Rows, Tile, accumulate, by_rows, check_beta, check_rows, compiler_options, default_tile, needed
+from hopjax.tiled import Rows, Tile, accumulate, by_rows, check_beta, check_rows, default_tile, needed
 
 STATES, MEMORIES = "states", "memories"
 
@@ -88,7 +88,7 @@ def summarise(
     mesh: Mesh,
     states: Rows,
     memories: Rows,
-    beta: float,
+    beta: Real[ArrayLike, ""],
     quantities: Sequence[str],
     *,
     own: Int[NDArray[np.integer] | Array, " n"] | None = None,
@@ -109,7 +109,7 @@ def summarise(
         raise ValueError(f'mesh has axes {mesh.axis_names}: need "{STATES}" and "{MEMORIES}", either of which may have one device')
     check_rows(states, memories)
     check_beta(beta)
-    needs, (count, dim), total = needed(quantities, stored=own is not None), states.shape, memories.shape[0]
+    needs, count, total = needed(quantities, stored=own is not None), states.shape[0], memories.shape[0]
     for rows, axis in ((states, STATES), (memories, MEMORIES)):
         if isinstance(rows, Array) and rows.shape[0] % mesh.shape[axis]:
             raise ValueError(
@@ -120,7 +120,7 @@ def summarise(
         return rows if isinstance(rows, Array) else distribute(mesh, rows, axis, fill)
 
     prior = np.zeros(total, memories.dtype) if log_prior is None else log_prior
-    run = _program(mesh, tuple(quantities), needs, tile or default_tile(dim))
+    run = _program(mesh, tuple(quantities), needs, tile or default_tile())
     index = None if own is None else place(own if isinstance(own, Array) else np.asarray(own, np.int32), STATES)
     # Filled-up memories have no weight; filled-up states are cut off.
     values = run(place(states, STATES), place(memories, MEMORIES), np.asarray(beta, memories.dtype), place(prior, MEMORIES, -np.inf), index)
@@ -144,7 +144,7 @@ def _program(mesh: Mesh, names: tuple[str, ...], needs: tuple[str, ...], tile: T
     # Unchecked: the loops begin with moments over nothing, which are the same everywhere, and end with others.
     sharded = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(STATES), check_vma=False)
 
-    return jax.jit(sharded, compiler_options=compiler_options(mesh.devices.flat[0].platform))
+    return jax.jit(sharded)
 
 
 def _where_held(values: Array, index: Array) -> Array:

@@ -303,6 +303,12 @@ _CURVATURE = frozenset({"mean", "square", "radial"})
 QUANTITIES: Mapping[str, Quantity] = {
     "energy": Quantity(frozenset(), _energy, "E(x), Eq. (1)"),
     "excess": Quantity(frozenset(), _excess, "E(x) + ½|x|²; −β⁻¹ log(1 + e^Λ) for a stored state, to full relative accuracy"),
+    "log_odds": Quantity(
+        frozenset(),
+        lambda soft: soft.odds,
+        "Λ, log odds of the others' weight against the own: orders stored states as the excess does",
+        True,
+    ),
     "log_leakage": Quantity(frozenset(), lambda soft: -jax.nn.softplus(-soft.odds), "log ℓ: weight of the other memories, Eq. (35)", True),
     "log_self_weight": Quantity(frozenset(), lambda soft: -jax.nn.softplus(soft.odds), "log weight of the state's own memory", True),
     "leave_one_out": Quantity(frozenset(), _leave_one_out, "energy without the state's own memory", True),

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, ArrayLike, Float, Key, Real
 from numpy.typing import NDArray
 
 from hopjax.energy import _matmul
-from hopjax.tiled import MEMORY_LIMIT, Rows, Tile, check_beta, check_rows, compiler_options, feed, pieces, plan
+from hopjax.tiled import MEMORY_LIMIT, Rows, Tile, check_beta, check_rows, feed, pieces, plan
 
 
 class PerturbationSharpness(NamedTuple):
@@ -97,12 +97,11 @@ def _finish(sums: _Tilted, delta: Array, beta: Array) -> Array:
 
 
 @cache
-def _programs(platform: str) -> tuple[jax.stages.Wrapped, ...]:
-    options = compiler_options(platform)
+def _programs() -> tuple[jax.stages.Wrapped, ...]:
     return (
         jax.jit(_directions),
         jax.jit(_none),
-        jax.jit(_step, static_argnames="rows", donate_argnums=0, compiler_options=options),
+        jax.jit(_step, static_argnames="rows", donate_argnums=0),
         jax.jit(_finish),
     )
 
@@ -111,7 +110,7 @@ def perturbation_sharpness(
     key: Key[Array, ""],
     states: Rows,
     memories: Rows,
-    beta: float,
+    beta: Real[ArrayLike, ""],
     *,
     draws: int = 32,
     radius: float = 0.01,
@@ -139,7 +138,7 @@ def perturbation_sharpness(
     # Twice as many rows of overlaps and twice the states as a pass for moments that has the mean memory; more exponentials.
     sizes = plan(len(states), memories, ("mean",), memory_limit // 3, tile)
     memory = feed(memories, log_prior, sizes.memories)
-    directions, none, step, finish = _programs(jax.default_backend())
+    directions, none, step, finish = _programs()
     b, rho = np.asarray(beta, memory.prior.dtype), np.asarray(radius, memory.prior.dtype)
 
     def pair(x: Array, key: Array) -> NDArray[np.floating]:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -38,11 +38,9 @@ class Tile(NamedTuple):
     memories: int
 
 
-def default_tile(dim: int) -> Tile:
-    """What was measured to be fast on the present platform: few states against many memories where exponentials dominate."""
-    if jax.default_backend() != "cpu":
-        return Tile(8192, 4096)
-    return Tile(512, 4096) if dim < 32 else Tile(4096, 512)
+def default_tile() -> Tile:
+    """What was measured to be fast on CPUs, where a tile stays in the cache; accelerators want more to do at a time."""
+    return Tile(2048, 1024) if jax.default_backend() == "cpu" else Tile(8192, 4096)
 
 
 # ---- Traceable -----------------------------------------------------------------------------------------------------------
@@ -187,9 +185,9 @@ def check_rows(states: Rows, memories: Rows) -> None:
         raise ValueError(f"states are {states.dtype} and memories are {memories.dtype}: convert one of them")
 
 
-def check_beta(beta: float) -> None:
+def check_beta(beta: Real[ArrayLike, ""]) -> None:
     """Raises ValueError unless 0 < beta < ∞: where the value is known it is checked, not poisoned."""
-    if not 0 < beta < math.inf:
+    if not 0 < float(cast(float, beta)) < math.inf:
         raise ValueError(f"beta={beta}: need 0 < beta < ∞")
 
 
@@ -210,7 +208,7 @@ def log_sums(
         tile: by default what is fast on the platform for this dimension.
     """
     own_index, offset = _checked(states, memories, own, log_prior)
-    return _log_sums(states, memories, _positive(beta, memories), offset, own_index, tile or default_tile(states.shape[1]))
+    return _log_sums(states, memories, _positive(beta, memories), offset, own_index, tile or default_tile())
 
 
 def energies(
@@ -256,7 +254,7 @@ def plan(count: int, memories: Rows, needs: Collection[str], memory_limit: int, 
     """Sizes for `count` states and these memories. Raises ValueError for a limit that even the smallest tiles exceed."""
     total, dim = memories.shape
     item = jax.dtypes.canonicalize_dtype(memories.dtype).itemsize
-    wanted = tile or default_tile(dim)
+    wanted = tile or default_tile()
     states, columns = min(wanted.states, count), min(wanted.memories, total)
     on_device = isinstance(memories, Array)
     # A state: itself and its results; its mean memory as it is carried, added to, scaled and handed out.
@@ -285,23 +283,16 @@ class _Programs(NamedTuple):
     finish: Callable[..., dict[str, Array]]
 
 
-def compiler_options(platform: str) -> dict[str, str] | None:
-    """For `jax.jit`: on CPUs products are slower by way of the library that they would go to; other platforms do not know the option."""
-    return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"} if platform == "cpu" else None
-
-
 @cache
-def _programs(platform: str) -> _Programs:
-    jit = partial(jax.jit, compiler_options=compiler_options(platform))
-
+def _programs() -> _Programs:
     def finish(moments: Moments, states: Array, beta: Array, own_log_prior: Array | None, names: tuple[str, ...]) -> dict[str, Array]:
         soft = Softmax(moments, states, beta, own_log_prior)
         return {name: QUANTITIES[name].of(soft) for name in names}
 
     return _Programs(
-        jit(empty, static_argnums=1),
-        jit(accumulate, static_argnames=("needs", "rows"), donate_argnames="moments"),
-        jit(finish, static_argnames="names"),
+        jax.jit(empty, static_argnums=1),
+        jax.jit(accumulate, static_argnames=("needs", "rows"), donate_argnames="moments"),
+        jax.jit(finish, static_argnames="names"),
     )
 
 
@@ -318,7 +309,7 @@ def needed(quantities: Sequence[str], stored: bool) -> tuple[str, ...]:
 def stream(
     states: Rows,
     memories: Rows,
-    beta: float,
+    beta: Real[ArrayLike, ""],
     quantities: Sequence[str],
     *,
     own: NDArray[np.integer] | None = None,
@@ -403,14 +394,14 @@ def pieces(count: int, rows: int, start: int = 0) -> Iterator[tuple[int, int, in
 def _blocks(
     states: Rows,
     feed: Feed,
-    beta: float,
+    beta: Real[ArrayLike, ""],
     quantities: tuple[str, ...],
     needs: tuple[str, ...],
     own: NDArray[np.integer] | None,
     sizes: Sizes,
     start: int,
 ) -> Iterator[Block]:
-    none, step, finish = _programs(jax.default_backend())
+    none, step, finish = _programs()
     b = np.asarray(beta, feed.prior.dtype)
     for first, begun, end in pieces(len(states), sizes.states, start):
         x = jnp.asarray(states[first:end], b.dtype)
@@ -437,7 +428,7 @@ def _check_stored(states: Rows, memories: Rows, own: NDArray[np.integer], begun:
 def summarise(
     states: Rows,
     memories: Rows,
-    beta: float,
+    beta: Real[ArrayLike, ""],
     quantities: Sequence[str],
     *,
     own: NDArray[np.integer] | None = None,
@@ -460,7 +451,7 @@ def energy_changes(
     states: Rows,
     before: Rows,
     after: Rows,
-    beta: float,
+    beta: Real[ArrayLike, ""],
     *,
     own: NDArray[np.integer] | None = None,
     memory_limit: int = MEMORY_LIMIT,
