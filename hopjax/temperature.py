@@ -8,7 +8,7 @@ number of effective neighbours (`Perplexity`) or keeps a given weight of its own
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -23,6 +23,7 @@ _RANGE = 1e-4, 1e8
 _ACCURACY = 1e-4
 
 
+@runtime_checkable
 class Rule(Protocol):
     """Something that gives β for memories, which are all stored."""
 

@@ -8,38 +8,21 @@ import json
 import os
 import sys
 import tempfile
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter
+
+from hopjax.cli.compilation import keep_programs
+from hopjax.cli.options import Real, UsageError, Whole
+from hopjax.cli.output import write
 
 # scikit-learn takes 32 bits of seed.
 LARGEST_SEED = 2**32 - 1
 # Above, the dense reference law would hold gigabytes of rotation matrices.
 MOST_ROTATIONS = 100_000
 
-
-class UsageError(Exception):
-    """What was asked for cannot be done: one line that says what, why, and what to do instead."""
-
-
-def _number(kind: type[int] | type[float], name: str, example: str) -> Parameter:
-    """A number of this kind, and nothing that could be rounded to one."""
-
-    def convert(_: object, tokens: Sequence[Any]) -> int | float:
-        option, text = tokens[0].keyword, tokens[0].value
-        try:
-            return kind(text)
-        except ValueError:
-            raise UsageError(f"{option} {text} is not a {name}: give one, such as {option} {example}") from None
-
-    return Parameter(converter=convert)
-
-
-Whole = Annotated[int, _number(int, "whole number", "20")]
-Real = Annotated[float, _number(float, "number", "0.5")]
 
 app = App(
     name="python -m theory_checks",
@@ -64,13 +47,7 @@ def configure() -> None:
     jax.config.update("jax_enable_x64", True)
     if "JAX_PLATFORMS" not in os.environ:  # double precision, and the same numbers everywhere
         jax.config.update("jax_platforms", "cpu")
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        import platformdirs
-
-        jax.config.update("jax_compilation_cache_dir", platformdirs.user_cache_dir("hopjax", appauthor=False))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    # The cache is shared by processes and written without a lock: a torn entry is only compiled again.
-    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry", UserWarning)
+    keep_programs()
 
 
 @app.default
@@ -144,7 +121,7 @@ def check(
         try:
             figures.remove_stale(out / "figures", drawn, claims)
             for name, part in files.items():
-                report.write(out / name, part)
+                write(out / name, part)
         except OSError as error:
             print(f"error: cannot write {error.filename or out}: {error.strerror}", file=sys.stderr)
             return 1

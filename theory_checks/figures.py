@@ -8,51 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-from cycler import cycler
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, NullFormatter, NullLocator
 
+from hopjax.cli import figures
 from theory_checks.claim import Claim
 from theory_checks.report import power
 from theory_checks.run import Lost, Pool, load
 
-# One colour for one thing in every figure: Okabe and Ito's palette, which colour-blind readers can tell apart.
-OUTLIER = "#D55E00"
-CLUSTER = "#0072B2"
-OTHER = "#009E73"
-NEUTRAL = "#555555"
-
-STYLE: dict[Any, Any] = {
-    "axes.axisbelow": True,
-    "axes.edgecolor": NEUTRAL,
-    "axes.grid": True,
-    "axes.labelcolor": "#222222",
-    "axes.labelsize": 10,
-    "axes.linewidth": 0.8,
-    "axes.prop_cycle": cycler(color=[OUTLIER, CLUSTER, OTHER, "#CC79A7", "#E69F00", "#56B4E9", NEUTRAL]),
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titley": 1.0,  # looking for a free place would lay everything out again
-    "figure.facecolor": "white",
-    "figure.figsize": (6.8, 4.0),
-    "font.family": "DejaVu Sans",
-    "font.size": 9.5,
-    "grid.color": "#e4e4e4",
-    "grid.linewidth": 0.6,
-    "image.cmap": "cividis",
-    "legend.fontsize": 9,
-    "legend.frameon": False,
-    "lines.linewidth": 1.7,
-    "lines.markersize": 4.5,
-    "savefig.dpi": 150,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "theory_checks",
-    "xtick.color": NEUTRAL,
-    "ytick.color": NEUTRAL,
-}
+# One colour for one thing in every figure.
+OUTLIER, CLUSTER, OTHER, NEUTRAL = figures.ORANGE, figures.BLUE, figures.GREEN, figures.NEUTRAL
+STYLE: dict[Any, Any] = figures.STYLE | {"svg.hashsalt": "theory_checks"}
 
 
 @dataclass

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hopjax.cli.output import write
 from theory_checks.claim import PRESETS
-from theory_checks.report import write
 
 START, END = "<!-- claims:start -->", "<!-- claims:end -->"
 

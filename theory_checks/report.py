@@ -3,14 +3,11 @@
 No times, paths, hosts or dates: two runs with one seed and one set of library versions give the same bytes.
 """
 
-import contextlib
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import re
-import tempfile
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -250,17 +247,3 @@ def number(value: float | None) -> str:
         return "not finite"
     mantissa, _, exponent = f"{value:.4g}".partition("e")
     return f"{mantissa}·10{power(int(exponent))}" if exponent else mantissa
-
-
-def write(path: Path, content: bytes) -> None:
-    """All of the file or none of it: readers see the old content until the new one is complete."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise

@@ -1,0 +1,78 @@
+"""How figures look: one style for the project, pictures as bytes."""
+
+import io
+import math
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from cycler import cycler
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
+ORANGE = "#D55E00"
+BLUE = "#0072B2"
+GREEN = "#009E73"
+NEUTRAL = "#555555"
+
+STYLE: dict[Any, Any] = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": NEUTRAL,
+    "axes.grid": True,
+    "axes.labelcolor": "#222222",
+    "axes.labelsize": 10,
+    "axes.linewidth": 0.8,
+    "axes.prop_cycle": cycler(color=[ORANGE, BLUE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", NEUTRAL]),
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titley": 1.0,  # looking for a free place would lay everything out again
+    "figure.facecolor": "white",
+    "figure.figsize": (6.8, 4.0),
+    "font.family": "DejaVu Sans",
+    "font.size": 9.5,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.6,
+    "image.cmap": "cividis",
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "lines.linewidth": 1.7,
+    "lines.markersize": 4.5,
+    "savefig.dpi": 150,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "hopjax",
+    "xtick.color": NEUTRAL,
+    "ytick.color": NEUTRAL,
+}
+
+
+def picture(draw: Callable[[Figure], None], width: float = 6.8, height: float = 4.0) -> bytes:
+    """What `draw` puts into a figure of so many inches, as PNG."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        draw(figure)
+        layout = figure.get_layout_engine()
+        if layout:  # once, not again while it is drawn
+            layout.execute(figure)
+            figure.set_layout_engine("none")
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", metadata={"Software": None})
+        return buffer.getvalue()
+
+
+def below_zero(axes: Any, values: np.ndarray, *, labels: int = 8) -> None:
+    """Makes an x-axis of −v, v > 0, logarithmic, with so many labels at most: numbers below zero that crowd towards it, on the right."""
+    exponents = range(math.floor(math.log10(values.min())), math.ceil(math.log10(values.max())) + 1)
+    step = -(-len(exponents) // labels)
+    shown = [exponent for exponent in exponents if exponent % step == 0]
+    axes.set_xscale("log")
+    axes.set_xlim(values.max() * 1.15, values.min() / 1.15)
+    axes.set_xticks([10.0**exponent for exponent in shown], [f"−10{_raised(exponent)}" for exponent in shown])
+    axes.set_xticks([], minor=True)
+
+
+def _raised(exponent: int) -> str:
+    return str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))

@@ -1,0 +1,80 @@
+"""Pages to read: self-contained, without scripts, pictures embedded."""
+
+import base64
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import numpy as np
+
+from hopjax.data import Images
+
+
+class Sample(NamedTuple):
+    """One image of a gallery: where it is embedded from, and what is said of it."""
+
+    source: str
+    caption: str
+
+
+def embedded(png: bytes) -> str:
+    """A picture as an address that holds it."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def gallery(images: Images, places: Sequence[int] | np.ndarray, captions: Sequence[str]) -> list[Sample]:
+    """The images at these places; nothing where rows of numbers are no images."""
+    _, height, width, channels = images.pixels.shape
+    if height == 1 < width:
+        return []
+    from PIL import Image
+
+    shown = images.pixels[np.asarray(places)][..., : 1 if channels < 3 else 3]
+    if shown.dtype != np.uint8:
+        low, high = min(0.0, float(shown.min())), max(1.0, float(shown.max()))
+        shown = np.rint(255 * (shown - low) / (high - low)).astype(np.uint8)
+    samples = []
+    for pixels, caption in zip(shown, captions, strict=True):
+        buffer = io.BytesIO()
+        Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(buffer, "PNG")
+        samples.append(Sample(embedded(buffer.getvalue()), caption))
+    return samples
+
+
+def class_name(settings: Mapping[str, Any], label: int) -> str:
+    """What the data call a class."""
+    classes = settings["task1"]["classes"]
+    return str(classes[label]) if classes else str(label)
+
+
+def number(value: float) -> str:
+    """A number for people."""
+    mantissa, _, exponent = f"{value:.3g}".replace("-", "−").partition("e")
+    return f"{mantissa}·10{exponent.replace('−0', '−').lstrip('+0').translate(_RAISED)}" if exponent else mantissa
+
+
+_RAISED = str.maketrans("−0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def _listed(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Settings by their full names; what says nothing is left out."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _listed(value, f"{prefix}{name}.")
+        elif value not in (None, []):
+            yield f"{prefix}{name}", ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def render(template: str, settings: Mapping[str, Any], **values: Any) -> bytes:
+    """The page of a template of this folder, which also gets the settings to list."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"number": number, "embedded": embedded}
+    return environment.get_template(template).render(settings=settings, listed=_listed(settings), **values).encode()

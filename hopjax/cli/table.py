@@ -1,0 +1,99 @@
+"""Tables of samples as parquet, csv or npz, with all that made them inside; `read` takes back what `write` wrote, bit for bit."""
+
+import csv
+import importlib.metadata
+import io
+import json
+import platform
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hopjax.cli import output
+from hopjax.cli.options import UsageError
+
+_KEY = "hopjax"
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Columns of one length, whole numbers or floats, and the settings that gave them: plain JSON."""
+
+    columns: dict[str, np.ndarray]
+    settings: dict[str, Any]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.columns[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.columns
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+
+def versions() -> dict[str, str]:
+    """What computed."""
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in ("hopjax", "jax", "numpy")}
+
+
+def write(path: Path, table: Table) -> None:
+    """In the format of the path's suffix; the same bytes for the same table."""
+    settings = json.dumps(table.settings, ensure_ascii=False, allow_nan=False)
+    buffer = io.BytesIO()
+    if path.suffix == ".parquet":
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        parquet.write_table(pa.table(table.columns).replace_schema_metadata({_KEY: settings}), buffer)
+    elif path.suffix == ".npz":
+        np.savez(buffer, **table.columns, settings=np.array(settings))  # type: ignore[arg-type]
+    else:
+        types = {name: str(column.dtype) for name, column in table.columns.items()}
+        comments = {**table.settings, "types": types}
+        lines = io.StringIO(newline="")
+        lines.writelines(f"# {name}: {json.dumps(value, ensure_ascii=False, allow_nan=False)}\n" for name, value in comments.items())
+        rows = csv.writer(lines, lineterminator="\n")
+        rows.writerow(table.columns)
+        # NumPy's shortest digits that give the number back.
+        rows.writerows(zip(*(map(str, column) for column in table.columns.values()), strict=True))
+        buffer.write(lines.getvalue().encode())
+    output.write(path, buffer.getvalue())
+
+
+def read(path: Path) -> Table:
+    """Raises UsageError naming the file for one that is missing, torn or not of this kind."""
+    output.check_suffix(path)
+    try:
+        if path.suffix == ".parquet":
+            from pyarrow import parquet
+
+            found = parquet.read_table(path)
+            settings = json.loads(found.schema.metadata[_KEY.encode()])
+            return Table({name: found[name].to_numpy() for name in found.column_names}, settings)
+        if path.suffix == ".npz":
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+                columns = dict(stored)
+            return Table(columns, json.loads(str(columns.pop("settings"))))
+        with path.open(newline="", encoding="utf-8") as text:
+            lines = text.readlines()
+        comments = [line[2:].partition(": ") for line in lines if line.startswith("# ")]
+        settings = {name: json.loads(value) for name, _, value in comments}
+        head, *rows = csv.reader(lines[len(comments) :])
+        types = settings.pop("types")
+        return Table({name: np.array(cells, types[name]) for name, cells in zip(head, zip(*rows, strict=True), strict=True)}, settings)
+    except FileNotFoundError:
+        raise UsageError(f"{path}: does not exist; `python -m hopjax energies DATA --out {path}` makes it") from None
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        KeyError,
+        TypeError,
+        zipfile.BadZipFile,
+    ) as error:  # pyarrow's errors are ValueErrors and OSErrors
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UsageError(f"{path}: is no table that this command wrote, or is torn: {reason}") from None
