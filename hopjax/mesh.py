@@ -91,8 +91,8 @@ def summarise(
     beta: Real[ArrayLike, ""],
     quantities: Sequence[str],
     *,
-    own: Int[NDArray[np.integer] | Array, " n"] | None = None,
-    log_prior: Float[NDArray[np.floating] | Array, " m"] | None = None,
+    own: Int[np.ndarray | Array, " n"] | None = None,
+    log_prior: Float[np.ndarray | Array, " m"] | None = None,
     tile: Tile | None = None,
 ) -> dict[str, Array] | dict[str, np.ndarray]:
     """`hopjax.tiled.summarise` over all devices of a mesh: the same numbers to rounding.

@@ -31,9 +31,9 @@ class Normalisation:
 
     name: str
     divisor: float
-    shift: Float[NDArray[np.floating], " d"] | None
+    shift: Float[np.ndarray, " d"] | None
 
-    def __call__(self, rows: Float[NDArray[np.floating], "n d"]) -> Float[NDArray[np.floating], "n d"]:
+    def __call__(self, rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
         """The rows normalised, in their dtype. Raises ValueError naming a row that has no direction, or is not finite."""
         moved = rows if self.shift is None else rows - self.shift[None]
         norms = _norms(moved)
@@ -52,7 +52,7 @@ def _norms(rows: NDArray[np.floating]) -> NDArray[np.floating]:
     return norms
 
 
-def fit(name: str, memories: Float[NDArray[np.floating], "m d"]) -> Normalisation:
+def fit(name: str, memories: Float[np.ndarray, "m d"]) -> Normalisation:
     """The normalisation of this name fitted on Task 1's images as rows.
 
     Raises: ValueError for a name that is not in `NORMALISATIONS`, and a row that is not finite.

@@ -27,7 +27,7 @@ _ACCURACY = 1e-4
 class Rule(Protocol):
     """Something that gives β for memories, which are all stored."""
 
-    def solve(self, memories: Float[NDArray[np.floating], "m d"]) -> float: ...
+    def solve(self, memories: Float[np.ndarray, "m d"]) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Fixed:
 
     beta: float
 
-    def solve(self, memories: Float[NDArray[np.floating], "m d"]) -> float:
+    def solve(self, memories: Float[np.ndarray, "m d"]) -> float:
         """Raises ValueError unless 0 < beta < ∞."""
         check_beta(self.beta)
         return self.beta
@@ -55,7 +55,7 @@ class Timestep:
     timestep: float
     scale: float
 
-    def solve(self, memories: Float[NDArray[np.floating], "m d"]) -> float:
+    def solve(self, memories: Float[np.ndarray, "m d"]) -> float:
         """Raises ValueError for a timestep outside the schedule, or a scale that is not positive."""
         alphas = linear_alphas_cumprod()
         if not 0 <= self.timestep <= len(alphas) - 1:
@@ -79,7 +79,7 @@ class Perplexity:
     sample: int = 1000
     memory_limit: int = MEMORY_LIMIT
 
-    def solve(self, memories: Float[NDArray[np.floating], "m d"]) -> float:
+    def solve(self, memories: Float[np.ndarray, "m d"]) -> float:
         """Raises ValueError for a target that cannot be, naming what can. The entropy falls with β, so there is one solution."""
         if not 1 < self.target < len(memories) - 1:
             raise ValueError(f"perplexity={self.target}: need 1 < perplexity < {len(memories) - 1}, the number of other samples")
@@ -107,7 +107,7 @@ class SelfWeight:
     sample: int = 1000
     memory_limit: int = MEMORY_LIMIT
 
-    def solve(self, memories: Float[NDArray[np.floating], "m d"]) -> float:
+    def solve(self, memories: Float[np.ndarray, "m d"]) -> float:
         """Raises ValueError for a target that cannot be, naming what can: with unequal norms or duplicates the mean need not reach 1."""
         if not 1 / len(memories) < self.target < 1:
             raise ValueError(f"self_weight={self.target}: need {1 / len(memories):.3g} < self_weight < 1 for {len(memories)} samples")
