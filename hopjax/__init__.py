@@ -1,8 +1,8 @@
 """hopjax: forgetting in generative models, seen through the modern Hopfield energy.
 
-Kernels take one state and are jit-, vmap- and grad-able. The general ones are exported here; those of the cluster-plus-outlier model
-(`cluster`, `gaps`, `asymptotics`), of diffusion (`correspondence`), of whole data sets (`tiled`) and replay buffers (`buffer`) live in
-their modules.
+Kernels take one state and are jit-, vmap- and grad-able. The general ones are exported here; those of the cluster-plus-outlier
+model (`cluster`, `gaps`, `asymptotics`), of diffusion (`correspondence`), of whole data sets (`tiled`), replay buffers (`buffer`) and
+learned memories (`boltzmann`, `estimator`) live in their modules.
 
 >>> import jax, hopjax
 >>> memories = hopjax.cluster.memories(members=12, dim=50, cosine=0.35)
@@ -11,7 +11,7 @@ their modules.
 Source: arXiv:2605.27975.
 """
 
-from hopjax import asymptotics, buffer, cluster, correspondence, gaps, tiled
+from hopjax import asymptotics, boltzmann, buffer, cluster, correspondence, estimator, gaps, tiled
 from hopjax.energy import (
     energy,
     gradient,
@@ -82,6 +82,7 @@ __all__ = [
     "average_gain",
     "average_rise",
     "baseline_gain",
+    "boltzmann",
     "buffer",
     "cluster",
     "correspondence",
@@ -89,6 +90,7 @@ __all__ = [
     "energy",
     "energy_change",
     "energy_rise",
+    "estimator",
     "fixed_point",
     "gain",
     "gain_matrix",

@@ -36,6 +36,7 @@ SECTIONS: tuple[tuple[str, tuple[tuple[int, int], ...], str], ...] = (
     ("Energy and sharpness: Appendix C", ((74, 84),), r"Appendix C"),
     ("Replay and Theorem 5.1: Section 5, Appendix D", ((13, 15), (85, 98)), r"Theorem 5\.1|Remark D\.1|Appendix D|Section 5|§5"),
     ("Diffusion and the Hopfield energy: Appendix A", (), r"Appendix A|Section 3\.3|§3\.3"),
+    ("Learned memories: Section 3.2, Figures 3(a) and 4", (), r"Figures? [34]\b|Section 3\.2|Sections 3\.1|[Ll]imitation"),
     ("Experiments: Section 4.2–4.3, Appendix E", ((12, 12),), r"Appendix [EFGH]|Section 4\.[23]|§4\.[23]"),
 )
 BEYOND = "Beyond the paper"

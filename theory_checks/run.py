@@ -36,6 +36,9 @@ MODULES = (
     "theorem_5_1",
     "correspondence",
     "synthetic",
+    "learned_memories",
+    "learned_forgetting",
+    "learned_ordering",
     "digits",
 )
 

@@ -1,5 +1,7 @@
 """Perturbation sharpness against its definition, its limit tr H, and its own error bars."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,7 +69,7 @@ def test_float32_keeps_the_identity_part():
 
 def test_pieces_of_memory_and_priors():
     rows = memories(60, 5).astype(np.float32)
-    options = {"draws": 4, "radius": 0.1}
+    options: dict[str, Any] = {"draws": 4, "radius": 0.1}
     key = jax.random.key(3)
     whole = perturbation_sharpness(key, rows[:20], rows, 3.0, **options)
     pieces = perturbation_sharpness(key, rows[:20], rows, 3.0, memory_limit=60_000, tile=Tile(20, 7), **options)
@@ -84,11 +86,12 @@ def test_pieces_of_memory_and_priors():
 @pytest.mark.usefixtures("unchecked")
 def test_errors():
     rows = memories(5, 3)
-    for options, message in (
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"draws": 3}, "draws=3: perturbations come in pairs"),
         ({"radius": 0.0}, "radius=0.0: need 0 < radius"),
         ({"beta": -1.0}, "beta=-1.0: need 0 < beta"),
-    ):
+    )
+    for options, message in cases:
         with pytest.raises(ValueError, match=message):
             perturbation_sharpness(jax.random.key(0), rows, rows, **{"beta": 1.0, **options})
     assert np.all(np.isnan(perturbation_sharpness(jax.random.key(0), 0 * rows, rows, 1.0, draws=2).mean))

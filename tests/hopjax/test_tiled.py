@@ -5,7 +5,7 @@ import itertools
 import subprocess
 import sys
 import textwrap
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,7 @@ class Problem(NamedTuple):
         """A bound on a logit's error: 8 eps·βR² for the product and its rounding, 4 eps for each merge."""
         return self.eps * (8 * self.beta * self.radius**2 + 4 * (2 + np.log(len(self.memories)) + len(self.memories) / self.tile.memories))
 
-    def found(self, names: tuple[str, ...], **options: object) -> dict[str, np.ndarray]:
+    def found(self, names: tuple[str, ...], **options: Any) -> dict[str, np.ndarray]:
         return tiled.summarise(self.states, self.memories, self.beta, names, own=self.own, tile=self.tile, **options)
 
 
@@ -254,7 +254,8 @@ def test_moments_keep_the_logit_when_the_top_moves():
     for order in itertools.permutations(parts):
         logits = 4.0 * memories[:, 0]
         w = np.exp(logits - logits.max())
-        np.testing.assert_allclose(functools.reduce(merge, order).logit, [np.sum(w * (logits - logits.max()))], rtol=1e-15)
+        merged: Any = functools.reduce(merge, order)
+        np.testing.assert_allclose(merged.logit, [np.sum(w * (logits - logits.max()))], rtol=1e-15)
 
 
 # ---- Variants ------------------------------------------------------------------------------------------------------------
@@ -362,7 +363,7 @@ def test_left_out_memories_get_no_derivative_from_their_own_state():
 
 
 def temporary_bytes(function, *arguments, **static) -> int:
-    analysis = jax.jit(function, static_argnames=tuple(static)).lower(*arguments, **static).compile().memory_analysis()
+    analysis: Any = jax.jit(function, static_argnames=tuple(static)).lower(*arguments, **static).compile().memory_analysis()
     return int(analysis.temp_size_in_bytes)
 
 
@@ -376,7 +377,8 @@ def test_the_compiled_program_keeps_the_limit_at_60000_images():
     sizes = tiled.plan(count, memories, ("mean", "radial", "square"), tiled.MEMORY_LIMIT, None)
     states = jnp.zeros((sizes.states, dim), jnp.float32)
     moments = jax.eval_shape(lambda x: empty(x, ("mean", "radial", "square")), states)
-    program = tiled._programs().step.lower(
+    step: Any = tiled._programs().step
+    program = step.lower(
         moments, shaped(sizes.states, dim), shaped(sizes.memories, dim), shaped(), shaped(sizes.memories), None,
         needs=("mean", "radial", "square"), rows=sizes.tile, first=0,
     )  # fmt: skip
@@ -433,7 +435,7 @@ def test_memory_mapped_files_within_a_small_limit(tmp_path):
 
 def test_blocks_go_on_where_an_interrupted_run_stopped():
     memories = landscape(50, 6).astype(np.float32)
-    options = {"own": np.arange(50), "tile": Tile(16, 8)}
+    options: dict[str, Any] = {"own": np.arange(50), "tile": Tile(16, 8)}
     blocks = list(tiled.stream(memories, memories, 9.0, ["energy", "sharpness"], **options))
     assert [(block.rows.start, block.rows.stop) for block in blocks] == [(0, 16), (16, 32), (32, 48), (48, 50)]
     again = list(tiled.stream(memories, memories, 9.0, ["energy", "sharpness"], start=32, **options))
@@ -445,7 +447,7 @@ def test_blocks_go_on_where_an_interrupted_run_stopped():
 
 def test_one_program_serves_all_blocks():
     memories = landscape(61, 7).astype(np.float32)
-    step = tiled._programs().step
+    step: Any = tiled._programs().step
     tiled.summarise(memories, memories, 9.0, ["energy"], tile=Tile(16, 8), memory_limit=1 << 16)
     before = step._cache_size()
     tiled.summarise(memories, memories, 4.0, ["energy"], tile=Tile(16, 8), memory_limit=1 << 16)
