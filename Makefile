@@ -16,7 +16,7 @@ ARGS ?=
 
 VENV := .venv
 NEWEST := .venv-newest
-CODE := $(wildcard hopjax theory_checks tests benchmarks)
+CODE := $(wildcard diffusion hopjax theory_checks tests benchmarks)
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check --no-input
 PYENV_PYTHONS := $(wildcard $(HOME)/.pyenv/versions/*/bin/python)
 

@@ -1,0 +1,1 @@
+"""Pixel diffusion in Flax NNX: noise schedules, the U-Net of published checkpoints, their files, and samplers."""

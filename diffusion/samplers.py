@@ -1,0 +1,299 @@
+r"""Samplers: objects that turn noise into images, given a noise function ε(x, t) of the schedule's (fractional) timesteps.
+
+With $\lambda = \log(\alpha/\sigma)$, half the log signal-to-noise ratio, the probability-flow equation of variance-preserving diffusion is
+$dx/d\lambda = \sigma(\sigma x - \varepsilon)$, and for $z = x/\alpha$, $s = \sigma/\alpha$ it is $dz/ds = \varepsilon$: DDIM is
+Euler's method there, DPM-Solver++(2M) a two-step method exact in the linear part, `ProbabilityFlow` an adaptive Runge-Kutta method in λ.
+
+Samplers are pure: wrap the call in one `jax.jit`. The noise function is traced once or twice, however many steps there are.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float, Int, Key, Real
+
+from diffusion.schedules import Prediction, Schedule
+
+Network: TypeAlias = Callable[[Float[Array, "n *shape"], Real[Array, " n"]], Float[Array, "n *shape"]]
+Grid: TypeAlias = Callable[[Schedule, int | float, int | float, int], Float[np.ndarray, " k"]]
+
+
+class Samples(NamedTuple):
+    """What a sampler returns."""
+
+    images: Float[Array, "n *shape"]
+    evaluations: Int[Array, ""]
+    """How many times the noise function was called on the whole batch. (The adaptive solver's may be a few short if its tolerances
+    are below the rounding of the dtype.)"""
+
+
+def noise_function(network: Network, schedule: Schedule, prediction: Prediction, *, clip: int | float | None = None) -> Network:
+    """ε(x, t) of a network that predicts `prediction`; with `clip`, the x₀ it stands for is first clipped to ±clip."""
+
+    def epsilon(noisy: Float[Array, "n *shape"], timestep: Float[Array, " n"]) -> Float[Array, "n *shape"]:
+        alpha, sigma = schedule.alpha_sigma_of(timestep, noisy)
+        clean, noise = prediction.split(network(noisy, timestep), noisy, alpha, sigma)
+        if clip is None:
+            return noise
+        return Prediction.CLEAN.split(jnp.clip(clean, -clip, clip), noisy, alpha, sigma)[1]
+
+    return epsilon
+
+
+def uniform_timesteps(schedule: Schedule, start: int | float, stop: int | float, count: int) -> Float[np.ndarray, " k"]:
+    """`count` timesteps from `start` down to `stop`, equally spaced."""
+    return np.linspace(start, stop, count)
+
+
+def uniform_log_snr(schedule: Schedule, start: int | float, stop: int | float, count: int) -> Float[np.ndarray, " k"]:
+    """`count` timesteps from `start` down to `stop`, equally spaced in the logarithm of the signal-to-noise ratio."""
+    alphas, sigmas = schedule.alpha_sigma_float64(np.arange(schedule.timesteps, dtype=float))
+    table = np.log(alphas / sigmas)
+    first, last = np.interp([start, stop], np.arange(schedule.timesteps), table)
+    levels = np.linspace(float(first), float(last), count)
+    nodes = np.asarray(np.interp(levels, table[::-1], np.arange(schedule.timesteps)[::-1]))
+    return np.clip(nodes, stop, start)  # interpolating forth and back rounds
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler(abc.ABC):
+    """One interface for all: call it with a noise function and noisy images."""
+
+    @abc.abstractmethod
+    def __call__(
+        self,
+        epsilon: Network,
+        noisy: Float[Array, "n *shape"],
+        schedule: Schedule,
+        *,
+        key: Key[Array, ""] | None = None,
+        start: int | float | None = None,
+        stop: int | float = 0,
+        denoise: bool = True,
+    ) -> Samples:
+        """Images from `noisy`, which is at timestep `start` (the schedule's last by default: pure noise).
+
+        With `denoise` the last evaluation, at `stop`, gives the estimate of x₀ that is returned; without it, the state at `stop` is.
+        Stochastic samplers need a `key`, the others ignore it.
+
+        Raises: ValueError for timesteps outside the schedule or in the wrong order, or a key that is missing.
+        """
+
+
+def _endpoints(schedule: Schedule, start: int | float | None, stop: int | float) -> tuple[float, float]:
+    start = schedule.timesteps - 1 if start is None else start
+    if not 0 <= stop <= start <= schedule.timesteps - 1:
+        raise ValueError(f"need 0 ≤ stop ≤ start ≤ {schedule.timesteps - 1}, the schedule's last timestep; got {stop:g} and {start:g}")
+    return float(start), float(stop)
+
+
+class _Node(NamedTuple):
+    timestep: Array
+    alpha: Array
+    sigma: Array
+
+
+def _nodes(
+    schedule: Schedule, grid: Grid, steps: int, start: int | float | None, stop: int | float, denoise: bool, dtype: jnp.dtype
+) -> _Node:
+    if steps < 1:
+        raise ValueError(f"a sampler needs at least 1 step, got {steps}")
+    timesteps = grid(schedule, *_endpoints(schedule, start, stop), steps if denoise else steps + 1)
+    return _Node(*(jnp.asarray(column, dtype) for column in (timesteps, *schedule.alpha_sigma_float64(timesteps))))
+
+
+def _estimate(epsilon: Network, x: Array, node: _Node) -> tuple[Array, Array]:
+    noise = epsilon(x, jnp.full(x.shape[0], node.timestep))
+    return Prediction.NOISE.split(noise, x, node.alpha, node.sigma)
+
+
+def _pairs(nodes: _Node) -> tuple[_Node, _Node]:
+    return jax.tree.map(lambda a: a[:-1], nodes), jax.tree.map(lambda a: a[1:], nodes)
+
+
+def _finish(epsilon: Network, x: Array, nodes: _Node, steps: int, denoise: bool) -> Samples:
+    if denoise:
+        x, _ = _estimate(epsilon, x, jax.tree.map(lambda a: a[-1], nodes))
+    return Samples(x, jnp.asarray(steps, jnp.int32))
+
+
+@dataclasses.dataclass(frozen=True)
+class DDIM(Sampler):
+    """Denoising diffusion implicit models (Song et al. 2021): order 1; η = 0 is deterministic, η = 1 is ancestral sampling.
+
+    `steps` is the number of evaluations.
+    """
+
+    steps: int = 50
+    eta: int | float = 0
+    grid: Grid = uniform_timesteps
+
+    def __call__(
+        self,
+        epsilon: Network,
+        noisy: Float[Array, "n *shape"],
+        schedule: Schedule,
+        *,
+        key: Key[Array, ""] | None = None,
+        start: int | float | None = None,
+        stop: int | float = 0,
+        denoise: bool = True,
+    ) -> Samples:
+        """See `Sampler`."""
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta must lie between 0 and 1, got {self.eta}")
+        nodes = _nodes(schedule, self.grid, self.steps, start, stop, denoise, noisy.dtype)
+        return _stochastic(epsilon, noisy, nodes, key, self.steps, denoise, eta=self.eta, widest=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ancestral(Sampler):
+    """Ancestral sampling of DDPM (Ho et al. 2020), on the whole schedule unless told fewer `steps`.
+
+    The noise of a step has the variance of the posterior q(x_s | x_t, x₀), which is exact for one clean image; with `widest` it has
+    1 − α_t²/α_s², exact for clean images that are normal ("fixed_large" in published configurations).
+    """
+
+    steps: int | None = None
+    widest: bool = False
+    grid: Grid = uniform_timesteps
+
+    def __call__(
+        self,
+        epsilon: Network,
+        noisy: Float[Array, "n *shape"],
+        schedule: Schedule,
+        *,
+        key: Key[Array, ""] | None = None,
+        start: int | float | None = None,
+        stop: int | float = 0,
+        denoise: bool = True,
+    ) -> Samples:
+        """See `Sampler`."""
+        first, last = _endpoints(schedule, start, stop)
+        steps = max(1, round(first - last) + denoise) if self.steps is None else self.steps
+        nodes = _nodes(schedule, self.grid, steps, start, stop, denoise, noisy.dtype)
+        return _stochastic(epsilon, noisy, nodes, key, steps, denoise, eta=1.0, widest=self.widest)
+
+
+def _stochastic(
+    epsilon: Network, noisy: Array, nodes: _Node, key: Key[Array, ""] | None, steps: int, denoise: bool, *, eta: int | float, widest: bool
+) -> Samples:
+    if eta > 0 and key is None:
+        raise ValueError("a stochastic sampler needs a key")
+    count = len(nodes.timestep) - 1
+
+    def step(x: Array, now: tuple[_Node, _Node, Int[Array, ""]]) -> tuple[Array, None]:
+        node, following, i = now
+        clean, noise = _estimate(epsilon, x, node)
+        if key is None or eta == 0:
+            return following.alpha * clean + following.sigma * noise, None
+        # 1 − α_t²/α_s²; by the difference of squares of σ, because α_t/α_s is close to 1.
+        added = (jnp.square(node.sigma) - jnp.square(following.sigma)) / jnp.square(following.alpha)
+        deviation = eta * following.sigma / node.sigma * jnp.sqrt(added)
+        mean = following.alpha * clean + jnp.sqrt(jnp.square(following.sigma) - jnp.square(deviation)) * noise
+        fresh = jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
+        return mean + (jnp.sqrt(added) if widest else deviation) * fresh, None
+
+    x, _ = jax.lax.scan(step, noisy, (*_pairs(nodes), jnp.arange(count)))
+    return _finish(epsilon, x, nodes, steps, denoise)
+
+
+@dataclasses.dataclass(frozen=True)
+class DPMSolver(Sampler):
+    """DPM-Solver++(2M) (Lu et al. 2022): order 2 at one evaluation a step; the first step is DDIM's. Equal steps in log SNR by default."""
+
+    steps: int = 20
+    grid: Grid = uniform_log_snr
+
+    def __call__(
+        self,
+        epsilon: Network,
+        noisy: Float[Array, "n *shape"],
+        schedule: Schedule,
+        *,
+        key: Key[Array, ""] | None = None,
+        start: int | float | None = None,
+        stop: int | float = 0,
+        denoise: bool = True,
+    ) -> Samples:
+        """See `Sampler`."""
+        nodes = _nodes(schedule, self.grid, self.steps, start, stop, denoise, noisy.dtype)
+        spans = jnp.diff(jnp.log(nodes.alpha / nodes.sigma))
+        # Weight of the change since the last estimate: h_i / (2 h_{i−1}), and 0 where there is none.
+        slopes = jnp.concatenate([jnp.zeros_like(spans[:1]), spans[1:] / (2 * spans[:-1])])
+
+        def step(carry: tuple[Array, Array], now: tuple[_Node, _Node, Array, Array]) -> tuple[tuple[Array, Array], None]:
+            x, before = carry
+            node, following, span, slope = now
+            clean, _ = _estimate(epsilon, x, node)
+            extrapolated = clean + slope * (clean - before)
+            x = following.sigma / node.sigma * x - following.alpha * jnp.expm1(-span) * extrapolated
+            return (x, clean), None
+
+        (x, _), _ = jax.lax.scan(step, (noisy, jnp.zeros_like(noisy)), (*_pairs(nodes), spans, slopes))
+        return _finish(epsilon, x, nodes, self.steps, denoise)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbabilityFlow(Sampler):
+    """The probability-flow equation by an adaptive Runge-Kutta method of order 5; every image of the batch meets the tolerances.
+
+    A step's error is measured for each image (root mean square over its entries) and the worst one decides. Images that needed more
+    than `max_steps` are NaN.
+    """
+
+    rtol: float = 1e-5
+    atol: float = 1e-5
+    max_steps: int = 4096
+
+    def __call__(
+        self,
+        epsilon: Network,
+        noisy: Float[Array, "n *shape"],
+        schedule: Schedule,
+        *,
+        key: Key[Array, ""] | None = None,
+        start: int | float | None = None,
+        stop: int | float = 0,
+        denoise: bool = True,
+    ) -> Samples:
+        """See `Sampler`."""
+        ends = np.asarray(_endpoints(schedule, start, stop))
+        alphas, sigmas = schedule.alpha_sigma_float64(ends)
+        begin, end = jnp.asarray(np.log(alphas / sigmas), noisy.dtype)
+
+        def field(time: ArrayLike, x: Array, _: object) -> Array:
+            half_log_snr = jnp.asarray(time)
+            timestep = jnp.full(x.shape[0], schedule.timestep_at(2 * half_log_snr))
+            sigma = jnp.sqrt(jax.nn.sigmoid(-2 * half_log_snr))
+            return sigma * (sigma * x - epsilon(x, timestep))
+
+        def worst(x: Array) -> Array:
+            return jnp.sqrt(jnp.max(jnp.mean(jnp.square(x), axis=tuple(range(1, x.ndim)))))
+
+        solution = diffrax.diffeqsolve(
+            diffrax.ODETerm(field),
+            diffrax.Tsit5(),
+            begin,
+            end,
+            0.01 * (end - begin),  # the controller corrects it at once
+            noisy,
+            stepsize_controller=diffrax.PIDController(rtol=self.rtol, atol=self.atol, norm=worst),
+            saveat=diffrax.SaveAt(t1=True),
+            max_steps=self.max_steps,
+            throw=False,
+        )
+        x = jnp.where(solution.result == diffrax.RESULTS.successful, solution.ys[0], jnp.nan)
+        if denoise:
+            last = _Node(*(jnp.asarray(column[-1], noisy.dtype) for column in (ends, alphas, sigmas)))
+            x, _ = _estimate(epsilon, x, last)
+        # Six for each step, accepted or not: the seventh is the next step's first.
+        evaluations = 1 + 6 * solution.stats["num_steps"] + int(denoise)
+        return Samples(x, evaluations.astype(jnp.int32))
