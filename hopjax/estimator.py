@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from hopjax.boltzmann import EM, Adam, Fit, Moments, Reason, expectation, fit, maximisation, responsibilities
+from hopjax.boltzmann import EM, Adam, Fit, Moments, Reason, _tolerance, expectation, fit, maximisation, responsibilities
 from hopjax.energy import log_partition, sample_boltzmann
 from hopjax.tiled import MEMORY_LIMIT, summarise
 
@@ -180,7 +180,7 @@ class BoltzmannMachine:
         chosen = np.sort(np.random.default_rng(self.random_state).choice(len(samples), min(rows, len(samples)), replace=False))
         memories = self._fit_on_device(np.asarray(samples[chosen]), self.n_init).memories
         beta, norm = self._numbers(memories.dtype)
-        tolerance = float(jnp.finfo(memories.dtype).eps) ** 0.5 if method.tolerance is None else method.tolerance
+        tolerance = _tolerance(method.tolerance, memories.dtype)
         size = math.sqrt(sum(float(np.sum(np.square(part))) for part in _blocks(samples, rows)) / len(samples))
         trace: list[float] = []
         while True:

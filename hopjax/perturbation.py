@@ -17,7 +17,7 @@ from jaxtyping import Array, ArrayLike, Float, Key, Real
 from numpy.typing import NDArray
 
 from hopjax.energy import _matmul
-from hopjax.tiled import MEMORY_LIMIT, Rows, Tile, check_beta, check_rows, feed, pieces, plan
+from hopjax.tiled import MEMORY_LIMIT, Rows, Tile, check_beta, check_rows, feed, pieces, plan, tile_rows
 
 
 class PerturbationSharpness(NamedTuple):
@@ -62,10 +62,8 @@ def _step(sums: _Tilted, states: Array, delta: Array, memories: Array, beta: Arr
     both, own = jnp.concatenate([states, delta]), jnp.sum(states * delta, axis=1)
 
     def add(place: Array, sums: _Tilted) -> _Tilted:
-        start = jnp.minimum(place * rows, total - rows)
-        seen = start + lax.iota(jnp.int32, rows) < place * rows
-        offsets = jnp.where(seen, -jnp.inf, lax.dynamic_slice_in_dim(offset, start, rows))
-        overlaps = lax.optimization_barrier(_matmul(both, lax.dynamic_slice_in_dim(memories, start, rows).T))
+        start, offsets = tile_rows(place, offset, rows)
+        overlaps = lax.optimization_barrier(_matmul(both, lax.dynamic_slice_in_dim(memories, start, offsets.shape[0]).T))
         logits = beta * overlaps[:count] + offsets[None]
         tilt = beta * (overlaps[count:] - own[:, None])
         signs = jnp.array([1.0, -1.0], tilt.dtype)[:, None, None]
@@ -78,7 +76,7 @@ def _step(sums: _Tilted, states: Array, delta: Array, memories: Array, beta: Arr
         return _Tilted(
             top,
             scale * sums.weight + jnp.sum(w, axis=1),
-            jnp.maximum(sums.steepest, jnp.max(jnp.where(seen[None], 0.0, jnp.abs(tilt)), axis=1)),
+            jnp.maximum(sums.steepest, jnp.max(jnp.abs(tilt), axis=1)),
             scale[None] * sums.bent + bent,
             tops,
             jnp.exp(sums.tops - tops) * sums.weights + jnp.sum(jnp.exp(tilted - tops[:, :, None]), axis=2),

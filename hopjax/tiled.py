@@ -65,14 +65,14 @@ def accumulate(
     """
 
     def add(place: Array, moments: Moments) -> Moments:
-        start, offset_rows = _tile_rows(place, offset, rows)
+        start, offset_rows = tile_rows(place, offset, rows)
         part = lax.dynamic_slice_in_dim(memories, start, offset_rows.shape[0])
         return merge(moments, of_tile(states, part, beta, offset_rows, own, needs, first=first + start, floor=moments.top))
 
     return lax.fori_loop(0, -(-memories.shape[0] // rows), add, moments)
 
 
-def _tile_rows(place: Array, offset: Array, rows: int) -> tuple[Array, Array]:
+def tile_rows(place: Array, offset: Array, rows: int) -> tuple[Array, Array]:
     """Where a tile starts and the offsets of its memories: the last one reaches back, and what was seen before does not count again."""
     count = offset.shape[0]
     rows = min(rows, count)
@@ -123,7 +123,7 @@ def _backward(tile: Tile, kept: _Kept, cotangent: Array) -> tuple[Array, Array, 
 
         def of_memories(place: Array, grads: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
             by_x, by_memories, by_beta, by_offset = grads
-            first, offsets = _tile_rows(place, offset, tile.memories)
+            first, offsets = tile_rows(place, offset, tile.memories)
             part = lax.dynamic_slice_in_dim(memories, first, offsets.shape[0])
             overlaps = lax.optimization_barrier(_matmul(x, part.T))
             logits = beta * overlaps + offsets[None]

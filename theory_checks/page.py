@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
+from hopjax.cli.page import templates
 from theory_checks.figures import Drawn
 from theory_checks.report import BEYOND, SECTIONS, number
 from theory_checks.show import summary_line
@@ -14,13 +13,7 @@ from theory_checks.show import summary_line
 
 def render(report: Mapping[str, Any], drawn: Drawn) -> str:
     """The page's HTML."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
+    environment = templates(Path(__file__).parent)
     environment.filters["number"] = number
     environment.tests["all_true"] = all
     titles = [title for title, *_ in SECTIONS] + [BEYOND]

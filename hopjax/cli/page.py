@@ -67,14 +67,19 @@ def _listed(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield f"{prefix}{name}", ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def render(template: str, settings: Mapping[str, Any], **values: Any) -> bytes:
-    """The page of a template of this folder, which also gets the settings to list."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+def templates(folder: Path) -> jinja2.Environment:
+    """A folder's templates: what is filled in is escaped, and must be there."""
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+
+
+def render(template: str, settings: Mapping[str, Any], **values: Any) -> bytes:
+    """The page of a template of this folder, which also gets the settings to list."""
+    environment = templates(Path(__file__).parent)
     environment.filters |= {"number": number, "embedded": embedded}
     return environment.get_template(template).render(settings=settings, listed=_listed(settings), **values).encode()
