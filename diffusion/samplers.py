@@ -9,18 +9,20 @@ Samplers are pure: wrap the call in one `jax.jit`. The noise function is traced 
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Int, Key, Real
+from jaxtyping import Array, ArrayLike, Float, Int, Key, PyTree, Real
 
 from diffusion.schedules import Prediction, Schedule
 
 Network: TypeAlias = Callable[[Float[Array, "n *shape"], Real[Array, " n"]], Float[Array, "n *shape"]]
+Field: TypeAlias = Callable[[Any, Any], Any]  # dy/dλ of λ and y
 Grid: TypeAlias = Callable[[Schedule, int | float, int | float, int], Float[np.ndarray, " k"]]
 
 
@@ -44,6 +46,18 @@ def noise_function(network: Network, schedule: Schedule, prediction: Prediction,
         return Prediction.CLEAN.split(jnp.clip(clean, -clip, clip), noisy, alpha, sigma)[1]
 
     return epsilon
+
+
+def probability_flow(epsilon: Network, schedule: Schedule) -> Field:
+    """dx/dλ = σ(σx − ε) of a batch of images, as a function of λ and x."""
+
+    def field(time: Float[ArrayLike, ""], x: Float[Array, "n *shape"]) -> Float[Array, "n *shape"]:
+        half_log_snr = jnp.asarray(time)
+        timestep = jnp.full(x.shape[0], schedule.timestep_at(2 * half_log_snr))
+        sigma = jnp.sqrt(jax.nn.sigmoid(-2 * half_log_snr))
+        return sigma * (sigma * x - epsilon(x, timestep))
+
+    return field
 
 
 def uniform_timesteps(schedule: Schedule, start: int | float, stop: int | float, count: int) -> Float[np.ndarray, " k"]:
@@ -265,35 +279,41 @@ class ProbabilityFlow(Sampler):
         denoise: bool = True,
     ) -> Samples:
         """See `Sampler`."""
-        ends = np.asarray(_endpoints(schedule, start, stop))
-        alphas, sigmas = schedule.alpha_sigma_float64(ends)
-        begin, end = jnp.asarray(np.log(alphas / sigmas), noisy.dtype)
+        first, last = _endpoints(schedule, start, stop)
+        x, evaluations = self.integrate(probability_flow(epsilon, schedule), noisy, schedule, start=first, stop=last)
+        if denoise:
+            final = np.array([last])
+            node = _Node(*(jnp.asarray(column[0], noisy.dtype) for column in (final, *schedule.alpha_sigma_float64(final))))
+            x, _ = _estimate(epsilon, x, node)
+        return Samples(x, evaluations + int(denoise))
 
-        def field(time: ArrayLike, x: Array, _: object) -> Array:
-            half_log_snr = jnp.asarray(time)
-            timestep = jnp.full(x.shape[0], schedule.timestep_at(2 * half_log_snr))
-            sigma = jnp.sqrt(jax.nn.sigmoid(-2 * half_log_snr))
-            return sigma * (sigma * x - epsilon(x, timestep))
+    def integrate(
+        self, field: Field, states: PyTree[Float[Array, "n ..."]], schedule: Schedule, *, start: int | float, stop: int | float
+    ) -> tuple[PyTree[Float[Array, "n ..."]], Int[Array, ""]]:
+        """The states at timestep `stop` of dy/dλ = field(λ, y), from those at `start`, and how often the field was evaluated.
 
-        def worst(x: Array) -> Array:
-            return jnp.sqrt(jnp.max(jnp.mean(jnp.square(x), axis=tuple(range(1, x.ndim)))))
+        States are one array or several of one dtype, whose first axis counts images; each array meets the tolerances for each image.
+        """
+        alphas, sigmas = schedule.alpha_sigma_float64(np.array([start, stop], float))
+        begin, end = jnp.asarray(np.log(alphas / sigmas), jax.tree.leaves(states)[0].dtype)
+
+        def worst(errors: PyTree[Array]) -> Array:
+            squares = [jnp.max(jnp.mean(jnp.square(x), axis=tuple(range(1, x.ndim)))) for x in jax.tree.leaves(errors)]
+            return jnp.sqrt(functools.reduce(jnp.maximum, squares))
 
         solution = diffrax.diffeqsolve(
-            diffrax.ODETerm(field),
+            diffrax.ODETerm(lambda time, y, _: field(time, y)),
             diffrax.Tsit5(),
             begin,
             end,
             0.01 * (end - begin),  # the controller corrects it at once
-            noisy,
+            states,
             stepsize_controller=diffrax.PIDController(rtol=self.rtol, atol=self.atol, norm=worst),
             saveat=diffrax.SaveAt(t1=True),
             max_steps=self.max_steps,
             throw=False,
         )
-        x = jnp.where(solution.result == diffrax.RESULTS.successful, solution.ys[0], jnp.nan)
-        if denoise:
-            last = _Node(*(jnp.asarray(column[-1], noisy.dtype) for column in (ends, alphas, sigmas)))
-            x, _ = _estimate(epsilon, x, last)
+        solved = solution.result == diffrax.RESULTS.successful
+        found = jax.tree.map(lambda y: jnp.where(solved, y[0], jnp.nan), solution.ys)
         # Six for each step, accepted or not: the seventh is the next step's first.
-        evaluations = 1 + 6 * solution.stats["num_steps"] + int(denoise)
-        return Samples(x, evaluations.astype(jnp.int32))
+        return found, (1 + 6 * solution.stats["num_steps"]).astype(jnp.int32)
