@@ -4,12 +4,13 @@ Attributes of the modules carry diffusers' names, so one short table says where 
 Nothing is ever unpickled.
 """
 
+import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -119,22 +120,38 @@ def write_tensors(file: str | os.PathLike[str], model: nnx.Module) -> None:
     _sync(Path(file))
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file of a diffusers folder.
+
+    Raises: ValueError in one line if there is none.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise ValueError(f"{file.parent} is no diffusers folder: cannot read {file.name} ({reason})") from error
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{file} must hold one JSON object, not a {type(fields).__name__}")
+    return fields
+
+
+def write_json(file: Path, fields: Mapping[str, Any]) -> None:
+    """A JSON object as diffusers lays it out; on the disk on return."""
+    file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _sync(file)
+
+
 def read_unet(folder: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32, remat: bool = False) -> UNet:
     """The network in a diffusers folder; `dtype` and `remat` as for `UNet`.
 
     Raises: ValueError in one line if a file is missing, damaged, or not of this architecture.
     """
     folder = Path(folder)
-    try:
-        text = (folder / CONFIG).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"{folder} is no diffusers folder: cannot read {CONFIG} ({error.strerror})") from error
-    try:
-        fields = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{folder / CONFIG} is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{folder / CONFIG} must hold one JSON object, not a {type(fields).__name__}")
+    fields = read_json(folder / CONFIG)
     try:
         config = UNetConfig.from_json(fields)
     except ValueError as error:
@@ -151,6 +168,17 @@ def write_unet(folder: str | os.PathLike[str], model: UNet) -> None:
 
     Raises: ValueError if `folder` exists and is not empty: nothing is overwritten.
     """
+    with new_folder(folder) as partial:
+        write_json(partial / CONFIG, model.config.to_json())
+        write_tensors(partial / WEIGHTS, model)
+
+
+@contextlib.contextmanager
+def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder to fill that takes its name when it is full: others see all of it or nothing.
+
+    Raises: ValueError if `folder` exists and is not empty: nothing is overwritten.
+    """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists already and is not an empty folder")
@@ -159,9 +187,7 @@ def write_unet(folder: str | os.PathLike[str], model: UNet) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as private:
         partial = Path(private) / folder.name
         partial.mkdir()
-        (partial / CONFIG).write_text(json.dumps(model.config.to_json(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        _sync(partial / CONFIG)
-        write_tensors(partial / WEIGHTS, model)
+        yield partial
         _sync(partial)
         partial.rename(folder)
     _sync(folder.parent)

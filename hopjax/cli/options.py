@@ -60,6 +60,7 @@ def need(condition: bool, option: str, value: object, bound: str, instead: objec
 
 def as_options(message: str) -> str:
     """What a library says of its arguments, in terms of the options."""
+    message = re.sub(r"^([a-z_]+) = ", lambda found: f"--{found[1].replace('_', '-')} ", message)
     message = re.sub(r"\bskip_bad=True\b", "--skip-bad", message)
     message = re.sub(r"\bgreyscale=", "--grey or --colour", message)
     message = re.sub(r"\bsize=(?=$|[^\w])", "--image-size", message)

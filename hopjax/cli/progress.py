@@ -1,8 +1,9 @@
 """What the terminal shows: results on the standard output; progress, with the time that is left, on the other."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -25,6 +26,12 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
+class Tell(Protocol):
+    """To be told how many more are done, and what is to be said of them."""
+
+    def __call__(self, more: int, note: str = "") -> None: ...
+
+
 class Screen:
     """The terminal; without one, plain lines."""
 
@@ -34,6 +41,10 @@ class Screen:
 
     def say(self, line: str) -> None:
         print(line, flush=True)
+
+    def note(self, line: str) -> None:
+        """What goes on, beside the results."""
+        self._errors.print(line, markup=False, soft_wrap=True)
 
     def warn(self, line: str) -> None:
         self._errors.print(f"warning: {line}", markup=False, soft_wrap=True)
@@ -50,7 +61,7 @@ class Screen:
             yield
 
     @contextmanager
-    def counting(self, words: str, total: int, done: int, *, unit: str, each: int = 1) -> Iterator[Callable[[int], None]]:
+    def counting(self, words: str, total: int, done: int, *, unit: str, each: int = 1) -> Iterator[Tell]:
         """Gives a function to be told how many more are done.
 
         Args:
@@ -68,21 +79,22 @@ class Screen:
             with shown:
                 task = shown.add_task(words, total=total, completed=done, speed="")
 
-                def draw(more: int) -> None:
+                def draw(more: int, note: str = "") -> None:
                     nonlocal at
                     at += more
-                    shown.update(task, completed=at, speed=speed(rate() * each, unit))
+                    shown.update(task, completed=at, speed=speed(rate() * each, unit), description=", ".join(filter(None, (words, note))))
 
                 yield draw
         else:
             last = start
 
-            def tell(more: int) -> None:
+            def tell(more: int, note: str = "") -> None:
                 nonlocal at, last
                 at += more
                 if time.monotonic() - last >= QUIET and at < total:
                     last = time.monotonic()
                     left = duration((total - at) / rate())
-                    self._errors.print(f"{words}: {at:,} of {total:,}, {speed(rate() * each, unit)}, {left} left", soft_wrap=True)
+                    pace = f"{speed(rate() * each, unit)}, {left} left"
+                    self._errors.print(", ".join(filter(None, (f"{words}: {at:,} of {total:,}", note, pace))), soft_wrap=True)
 
             yield tell

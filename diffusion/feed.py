@@ -1,0 +1,112 @@
+"""Data feeding: batch i of epoch e is a function of (seed, e, i) alone, so that a resumed run sees what it would have seen.
+
+An epoch holds every image of the new task once, in a random order, with images of a replay buffer strewn among them.
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+from jaxtyping import Float32, Int64, Shaped, UInt8
+
+# What the second entry of a seed stands for.
+_ORDER, _BUFFER = 0, 1
+
+
+def _permutation(seed: int, stream: int, number: int, count: int) -> Int64[np.ndarray, " {count}"]:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, stream, number)))).permutation(count)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Feed:
+    """Batches of images in memory or mapped from a file; only the rows of a batch are ever read.
+
+    Attributes:
+        images: the task's, uint8 or float32.
+        batch_size: images in a batch, of both kinds; what is left of an epoch after its last whole batch is left out.
+        seed: of the order.
+        replay: images of an earlier task, of the same shape and dtype; None for none.
+        replay_ratio: the expected fraction of replayed images in a batch, 0 < ratio < 1. By default each of them is seen as often as
+            each new one: with 25,000 new and 5,000 replayed images, one in six (the effective set of arXiv:2605.27975).
+
+    Raises: ValueError naming what does not fit and what would.
+    """
+
+    images: UInt8[np.ndarray, "n h w c"] | Float32[np.ndarray, "n h w c"]
+    batch_size: int
+    seed: int = 0
+    replay: UInt8[np.ndarray, "m h w c"] | Float32[np.ndarray, "m h w c"] | None = None
+    replay_ratio: float | int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what gives no batch."""
+        if self.seed < 0:
+            raise ValueError(f"seed = {self.seed} must be at least 0")
+        if self.replay is None:
+            if self.replay_ratio is not None:
+                raise ValueError(f"replay_ratio = {self.replay_ratio} needs a replay buffer: give one, or no ratio")
+        else:
+            for what in ("dtype", "shape"):
+                new, old = (getattr(images[:1], what) for images in (self.images, self.replay))
+                if new != old:
+                    raise ValueError(f"replayed images have {what} {old}, new ones {new}: they must be alike")
+            if len(self.replay) == 0:
+                raise ValueError("the replay buffer is empty: leave it out")
+            if self.replay_ratio is not None and not 0 < self.replay_ratio < 1:
+                raise ValueError(f"replay_ratio = {self.replay_ratio} is out of range: need 0 < replay_ratio < 1")
+        if not 1 <= self.batch_size <= self.epoch_size:
+            raise ValueError(
+                f"batch_size = {self.batch_size} is out of range: need 1 ≤ batch_size ≤ {self.epoch_size}, the images of an epoch"
+            )
+
+    @property
+    def replayed(self) -> int:
+        """Replayed images in an epoch."""
+        if self.replay is None:
+            return 0
+        if self.replay_ratio is None:
+            return len(self.replay)
+        return max(1, round(len(self.images) * self.replay_ratio / (1 - self.replay_ratio)))
+
+    @property
+    def epoch_size(self) -> int:
+        """Images in an epoch, of both kinds."""
+        return len(self.images) + self.replayed
+
+    @property
+    def epoch_batches(self) -> int:
+        """Whole batches in an epoch."""
+        return self.epoch_size // self.batch_size
+
+    def places(self, batch: int) -> Int64[np.ndarray, " {self.batch_size}"]:
+        """Where batch number `batch` (counted from the start of training) is: below n a new image, from n on a replayed one."""
+        epoch, i = divmod(batch, self.epoch_batches)
+        return self._epoch(epoch)[i * self.batch_size : (i + 1) * self.batch_size]
+
+    def batch(self, number: int) -> Shaped[np.ndarray, "{self.batch_size} h w c"]:
+        """The images of a batch, counted from the start of training."""
+        places = self.places(number)
+        if self.replay is None:
+            return self.images[places]
+        new = places < len(self.images)
+        batch = np.empty((self.batch_size, *self.images.shape[1:]), self.images.dtype)
+        batch[new] = self.images[places[new]]
+        batch[~new] = self.replay[places[~new] - len(self.images)]
+        return batch
+
+    def _epoch(self, epoch: int) -> Int64[np.ndarray, " {self.epoch_size}"]:
+        return _epoch(self.seed, epoch, len(self.images), 0 if self.replay is None else len(self.replay), self.replayed)
+
+
+@functools.lru_cache(maxsize=2)
+def _epoch(seed: int, epoch: int, new: int, buffer: int, replayed: int) -> Int64[np.ndarray, " {new+replayed}"]:
+    """The order of an epoch. Replayed places continue from epoch to epoch through ever new orders of the buffer: none is seen twice
+    before all have been seen once."""
+    places = np.arange(new + replayed)
+    first = epoch * replayed
+    for turn in range(first // buffer, -(-(first + replayed) // buffer)) if buffer else ():
+        low, high = max(turn * buffer, first), min((turn + 1) * buffer, first + replayed)
+        places[new + low - first : new + high - first] = (
+            new + _permutation(seed, _BUFFER, turn, buffer)[low - turn * buffer : high - turn * buffer]
+        )
+    return places[_permutation(seed, _ORDER, epoch, new + replayed)]

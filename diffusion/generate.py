@@ -1,0 +1,86 @@
+"""New images from a trained model, in batches of one compiled program."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Int, Key, UInt8
+
+from diffusion.backend import compiler_options
+from diffusion.objective import Denoising
+from diffusion.pixels import to_bytes
+from diffusion.samplers import DDIM, Sampler, Samples, noise_function
+
+
+class Generated(NamedTuple):
+    """Images as bytes, and the network's evaluations for each."""
+
+    images: UInt8[np.ndarray, "n h w c"]
+    evaluations: int
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "objective", "sampler", "shape", "clip"), compiler_options=compiler_options())
+def _batch(
+    params: Any,
+    key: Key[Array, ""],
+    places: Int[Array, " n"],
+    *,
+    graphdef: Any,
+    objective: Denoising,
+    sampler: Sampler,
+    shape: tuple[int, int, int],
+    clip: float | None,
+) -> Samples:
+    noise = jax.vmap(lambda place: jax.random.normal(jax.random.fold_in(key, place), shape, jnp.float32))(places)
+    epsilon = noise_function(nnx.merge(graphdef, params), objective.schedule, objective.prediction, clip=clip)
+    # Beyond all places, so that the steps' noise is not the start's.
+    return sampler(epsilon, noise, objective.schedule, key=jax.random.fold_in(jax.random.fold_in(key, 2**31), places[0]))
+
+
+def generate(
+    graphdef: Any,
+    params: Any,
+    objective: Denoising,
+    shape: tuple[int, int, int],
+    count: int,
+    *,
+    key: Key[Array, ""],
+    sampler: Sampler = DDIM(50),
+    batch: int = 64,
+    clip: float | None = 1.0,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Generated:
+    """`count` images of `shape`, height × width × channels.
+
+    With a deterministic sampler, image i depends on the key and i alone: a larger count begins with the same images.
+
+    Args:
+        batch: images at once; the last batch is filled up and cut.
+        clip: what estimates of the clean image are clipped to on the way; None for nothing.
+        progress: told how many more images there are.
+
+    Raises: ValueError if `count` or `batch` is not positive.
+    """
+    if count < 1 or batch < 1:
+        raise ValueError(f"count = {count} and batch = {batch} must be at least 1")
+    batch = min(batch, count)
+    images, evaluations = [], 0
+    for start in range(0, count, batch):
+        found = _batch(
+            params,
+            key,
+            jnp.arange(start, start + batch, dtype=jnp.int32),
+            graphdef=graphdef,
+            objective=objective,
+            sampler=sampler,
+            shape=shape,
+            clip=clip,
+        )
+        images.append(to_bytes(found.images)[: count - start])
+        evaluations = max(evaluations, int(found.evaluations))
+        progress(len(images[-1]))
+    return Generated(np.concatenate(images), evaluations)

@@ -1,0 +1,110 @@
+"""A trained model on the disk: a folder that diffusers' DDPMPipeline takes, with the network and the noise that it was trained on.
+
+model_index.json
+unet/config.json, unet/diffusion_pytorch_model.safetensors
+scheduler/scheduler_config.json
+"""
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from diffusion.objective import Denoising
+from diffusion.schedules import CosineSchedule, LinearSchedule, Prediction, ScaledLinearSchedule, Schedule
+from diffusion.unet import UNet
+from diffusion.weights import CONFIG, new_folder, read_json, read_unet, write_json, write_unet
+
+INDEX = "model_index.json"
+SCHEDULER = "scheduler_config.json"
+
+# diffusers' names of schedules.
+_NAMES: dict[str, type[Schedule]] = {"linear": LinearSchedule, "scaled_linear": ScaledLinearSchedule, "squaredcos_cap_v2": CosineSchedule}
+
+
+class Pipeline(NamedTuple):
+    """A network, and the loss that it was trained to minimise: schedule and prediction."""
+
+    unet: UNet
+    objective: Denoising
+
+
+def scheduler_config(objective: Denoising) -> dict[str, Any]:
+    """The contents of scheduler_config.json.
+
+    Raises: ValueError for a schedule that diffusers has no name for.
+    """
+    schedule = objective.schedule
+    name = next((name for name, kind in _NAMES.items() if type(schedule) is kind), None)
+    if name is None or (isinstance(schedule, CosineSchedule) and schedule != CosineSchedule(schedule.timesteps)):
+        raise ValueError(f"diffusers has no name for the schedule {schedule}")
+    ends = {"beta_start": schedule.beta_start, "beta_end": schedule.beta_end} if not isinstance(schedule, CosineSchedule) else {}  # type: ignore[attr-defined]
+    return {
+        "_class_name": "DDPMScheduler",
+        "num_train_timesteps": schedule.timesteps,
+        "beta_schedule": name,
+        **ends,
+        "prediction_type": objective.prediction.value,
+        "clip_sample": True,
+    }
+
+
+def objective_of(fields: Mapping[str, Any]) -> Denoising:
+    """The schedule and prediction in a parsed scheduler_config.json, with diffusers' defaults for what it leaves out.
+
+    Raises: ValueError naming a field whose value is not supported.
+    """
+    name = fields.get("beta_schedule", "linear")
+    if name not in _NAMES:
+        raise ValueError(f"{SCHEDULER}: beta_schedule = {name!r} is not supported; what is: {', '.join(_NAMES)}")
+    if fields.get("trained_betas") is not None:
+        raise ValueError(f"{SCHEDULER}: trained_betas is not supported: a schedule must have a name")
+    if fields.get("rescale_betas_zero_snr"):
+        raise ValueError(f"{SCHEDULER}: rescale_betas_zero_snr is not supported: the last timestep would have no signal")
+    kinds = {kind.value: kind for kind in Prediction}
+    prediction = fields.get("prediction_type", "epsilon")
+    if prediction not in kinds:
+        raise ValueError(f"{SCHEDULER}: prediction_type = {prediction!r} is not supported; what is: {', '.join(kinds)}")
+    timesteps = fields.get("num_train_timesteps", 1000)
+    ends = {end: fields.get(end, default) for end, default in (("beta_start", 1e-4), ("beta_end", 0.02))}
+    for field, value in {"num_train_timesteps": timesteps, **ends}.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{SCHEDULER}: {field} = {value!r} is not a number")
+    schedule = _NAMES[name](int(timesteps), **({} if name == "squaredcos_cap_v2" else ends))
+    return Denoising(schedule, kinds[prediction])
+
+
+def write_pipeline(folder: str | os.PathLike[str], pipeline: Pipeline) -> None:
+    """Write a folder that `read_pipeline` and diffusers' `DDPMPipeline.from_pretrained` take. It appears whole or not at all.
+
+    Raises: ValueError if `folder` exists and is not empty.
+    """
+    with new_folder(folder) as partial:
+        write_json(
+            partial / INDEX,
+            {"_class_name": "DDPMPipeline", "scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]},
+        )
+        (partial / "scheduler").mkdir()
+        write_json(partial / "scheduler" / SCHEDULER, scheduler_config(pipeline.objective))
+        write_unet(partial / "unet", pipeline.unet)
+
+
+def read_pipeline(folder: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32) -> Pipeline:
+    """The model in a folder of diffusers: a pipeline's, or one with the network's config.json and the scheduler's beside it.
+
+    A folder without a scheduler has diffusers' default: the linear schedule, and a network that predicts the noise.
+
+    Raises: ValueError in one line if a file is missing, damaged, or describes something else.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        beside = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
+        near = difflib.get_close_matches(folder.name, beside, n=1)
+        raise ValueError(f"{folder} does not exist" + (f"; did you mean {folder.with_name(near[0])}?" if near else ""))
+    network = folder if (folder / CONFIG).is_file() else folder / "unet"
+    scheduler = next((file for file in (folder / "scheduler" / SCHEDULER, folder / SCHEDULER) if file.is_file()), None)
+    return Pipeline(read_unet(network, dtype=dtype), objective_of({} if scheduler is None else read_json(scheduler)))

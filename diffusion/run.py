@@ -1,0 +1,314 @@
+"""A training run in a folder: begun, cut off and resumed by the same call.
+
+run.json          settings, data and versions: a resumed run must have the same
+checkpoints/      of the whole state; the last ones
+log.jsonl         losses
+samples/          sheets of samples at intervals
+model/            the averaged parameters at the end, as a diffusers pipeline
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import platform
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import UInt8
+from PIL import Image
+
+from diffusion import logs
+from diffusion.checkpoint import CheckpointError, Checkpoints
+from diffusion.config import UNetConfig
+from diffusion.feed import Feed
+from diffusion.generate import generate
+from diffusion.layout import Layout
+from diffusion.pipeline import Pipeline, read_pipeline, write_pipeline
+from diffusion.pixels import checked, grid
+from diffusion.settings import Settings, SettingsError, difference
+from diffusion.train import Diverged, Pause, Program, Record, TrainState, record, train
+from diffusion.unet import UNet
+from hopjax.cli.output import write
+from hopjax.cli.table import versions
+from hopjax.cli.tasks import description
+from hopjax.data import Images
+
+RUN, LOG, CHECKPOINTS, SAMPLES, MODEL = "run.json", "log.jsonl", "checkpoints", "samples", "model"
+# Images on a sheet.
+SHEET = 64
+# Steps after which progress is told.
+GLANCE = 10
+
+
+class RunError(Exception):
+    """A run that cannot begin or go on; the message says why, what is kept, and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rhythm:
+    """What happens how often; it changes nothing about the parameters.
+
+    Attributes:
+        log_every: steps between two records of the loss.
+        save_every: steps between two checkpoints.
+        sample_every: steps between two sheets of samples; 0 for none.
+        keep: checkpoints that are kept.
+    """
+
+    log_every: int = 50
+    save_every: int = 500
+    sample_every: int = 1000
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        """Refuse what never happens."""
+        for name, least in (("log_every", 1), ("save_every", 1), ("sample_every", 0), ("keep", 1)):
+            if getattr(self, name) < least:
+                raise SettingsError(f"{name} = {getattr(self, name)} is out of range: need {name} ≥ {least}")
+
+
+class Task(NamedTuple):
+    """What a run learns.
+
+    Attributes:
+        images: of the task.
+        replay: of an earlier task, seen again; None for none.
+        replayed: their places in that task's data, kept in the checkpoints.
+        start: the model to go on from; None for random parameters.
+    """
+
+    images: Images
+    replay: Images | None = None
+    replayed: np.ndarray | None = None
+    start: Pipeline | None = None
+
+
+class Finished(NamedTuple):
+    """How a run ended: at its last step, or stopped before."""
+
+    state: TrainState
+    program: Program
+    step: int
+
+
+def model_of(task: Task, settings: Settings) -> UNet:
+    """The network before the first step.
+
+    Raises: RunError if the images do not fit the model to go on from.
+    """
+    shape = task.images.pixels.shape[1:]
+    if task.start is None:
+        return settings.network.make(settings.network.config(*shape), settings.key("parameters"))
+    unet, objective = task.start
+    if objective != settings.noise.objective():
+        raise RunError(f"the model to start from was trained with {objective}; these settings say {settings.noise.objective()}")
+    if unet.config.in_channels != shape[2]:
+        raise RunError(f"the model to start from takes {unet.config.in_channels} channels, the images have {shape[2]}")
+    unet.config.check_size(*shape[:2])
+    # Its own arithmetic is that of the settings.
+    remade = settings.network.make(dataclasses.replace(unet.config, dropout=settings.network.dropout), settings.key("parameters"))
+    nnx.update(remade, nnx.state(unet, nnx.Param))
+    return remade
+
+
+def identity(task: Task, model: UNet, settings: Settings) -> dict[str, Any]:
+    """All that the parameters at the end depend on, as JSON."""
+    start = None
+    if task.start is not None:
+        content = hashlib.sha256()
+        for leaf in jax.tree.leaves(nnx.state(task.start.unet, nnx.Param)):
+            content.update(np.asarray(leaf).tobytes())
+        start = content.hexdigest()
+    return {
+        "settings": settings.to_json(),
+        "network": model.config.to_json(),
+        "data": description(task.images),
+        "replay": None if task.replay is None else description(task.replay),
+        "start": start,
+    }
+
+
+def _read(folder: Path, names: Iterable[str]) -> dict[str, Any]:
+    """What `check` wrote down."""
+    file = folder / RUN
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return {name: found[name] for name in names}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{file} was not written by this version: name another folder") from error
+
+
+def check(folder: Path, wanted: dict[str, Any]) -> None:
+    """Whether a run in this folder is this one; a new one is written down.
+
+    Raises: RunError showing what differs.
+    """
+    if (folder / RUN).exists():
+        changed = difference(_read(folder, wanted), json.loads(json.dumps(wanted)))
+        if changed:
+            raise RunError(f"{folder} holds a run with other settings: {'; '.join(changed)}. Give the same, or name another folder")
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(f"{folder} is not empty and holds no run: name another folder")
+    made = {**wanted, "versions": versions() | {"platform": platform.machine(), "device": jax.default_backend()}}
+    write(folder / RUN, (json.dumps(made, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def feed_of(task: Task, settings: Settings) -> Feed:
+    """The batches of a task."""
+    length = settings.length
+    replay = None if task.replay is None else checked(task.replay).pixels
+    return Feed(checked(task.images).pixels, length.batch_size, length.seed, replay, length.replay_ratio)
+
+
+def program_of(model: UNet, settings: Settings) -> tuple[Program, Any]:
+    """What is compiled, and the parameters it starts from."""
+    graphdef, params = nnx.split(model, nnx.Param)
+    length = settings.length
+    mesh = settings.layout.mesh()
+    return Program(graphdef, settings.noise.objective(), settings.optimiser, length.steps, length.ema, mesh), params
+
+
+def run(
+    folder: Path,
+    task: Task,
+    settings: Settings,
+    rhythm: Rhythm = Rhythm(),
+    *,
+    say: Callable[[str], None] = lambda _: None,
+    watch: Callable[[int, Record | None], None] = lambda *_: None,
+    wandb: str | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Finished:
+    """Train until the end, or until `stop`; go on from the last checkpoint if there is one.
+
+    Args:
+        say: told in words what begins.
+        watch: told every few steps how many are done, with a record of the losses when there is one.
+        wandb: project of Weights & Biases to log to.
+
+    Raises: RunError for other settings than before, a loss that is not finite, or a disk that is full; nothing that was saved is lost.
+    """
+    feed = feed_of(task, settings)
+    model = model_of(task, settings)
+    check(folder, identity(task, model, settings))
+    program, params = program_of(model, settings)
+    steps = settings.length.steps
+    with contextlib.ExitStack() as stack:
+        try:
+            checkpoints = stack.enter_context(Checkpoints(folder / CHECKPOINTS, keep=rhythm.keep))
+            stack.enter_context(jax.set_mesh(program.mesh))
+            found = checkpoints.restore(program.abstract(params))
+        except CheckpointError as error:
+            raise RunError(str(error)) from error
+        begun = 0 if found is None else found.step
+        state = program.initial(params) if found is None else found.state
+        if begun:
+            say(f"going on from step {begun:,} of {steps:,}")
+        if begun < steps:
+            say("compiling")
+            step = program.compile(state, feed.batch(0))
+            kept = _logs(folder, begun, settings, wandb)
+            since: list[Pause] = []
+            every = [each for each in (GLANCE, rhythm.log_every, rhythm.save_every, rhythm.sample_every) if each]
+            try:
+                for pause in train(
+                    state,
+                    step,
+                    feed,
+                    key=settings.key("training"),
+                    mesh=program.mesh,
+                    steps=steps,
+                    pauses=every,
+                    stop=stop,
+                ):
+                    state, done = pause.state, pause.step
+                    since.append(pause)
+                    if done % rhythm.log_every == 0 or done == steps:
+                        latest, since = record(since, feed), []
+                        for log in kept:
+                            log(latest)
+                        watch(done, latest)
+                    else:
+                        watch(done, None)
+                    if done % rhythm.save_every == 0 or done == steps or stop():
+                        checkpoints.save(done, state, _position(task, feed, done, settings))
+                    if rhythm.sample_every and (done % rhythm.sample_every == 0 or done == steps):
+                        _sheet(folder / SAMPLES / f"{done:07d}.png", program, state, task, settings)
+            except Diverged as error:
+                saved = checkpoints.steps
+                good = f"the last good checkpoint is of step {saved[-1]:,}" if saved else "there is no checkpoint yet"
+                raise RunError(f"{error}: stopped; {good} in {folder / CHECKPOINTS}. A lower learning_rate or clip may help") from error
+            except CheckpointError as error:
+                raise RunError(str(error)) from error
+    done = int(state.step)
+    if done == steps and jax.process_index() == 0 and not (folder / MODEL).exists():
+        write_pipeline(folder / MODEL, Pipeline(nnx.merge(program.graphdef, jax.device_get(state.ema)), program.objective))
+    return Finished(state, program, done)
+
+
+def read_model(path: str | os.PathLike[str], *, averaged: bool = True) -> Pipeline:
+    """The model of a run, finished or not, or in a folder of diffusers.
+
+    Args:
+        averaged: of a run, the average of the parameters, or the parameters themselves as they are in its last checkpoint.
+
+    Raises: RunError for a run without a checkpoint; ValueError for a folder that holds no model.
+    """
+    folder = Path(path)
+    if not (folder / RUN).is_file():
+        return read_pipeline(folder)
+    if averaged and (folder / MODEL).is_dir():
+        return read_pipeline(folder / MODEL)
+    known = _read(folder, ("settings", "network"))
+    settings = dataclasses.replace(Settings.from_json(known["settings"]), layout=Layout())
+    config = UNetConfig.from_json(known["network"])
+    model = nnx.eval_shape(lambda: UNet(config, dtype=jnp.dtype(settings.network.dtype), rngs=nnx.Rngs(0)))
+    program, params = program_of(model, settings)
+    try:
+        with Checkpoints(folder / CHECKPOINTS) as checkpoints:
+            found = checkpoints.restore(program.abstract(params))
+    except CheckpointError as error:
+        raise RunError(str(error)) from error
+    if found is None:
+        raise RunError(f"{folder} has no checkpoint yet: run its `train` command for longer")
+    return Pipeline(nnx.merge(program.graphdef, found.state.ema if averaged else found.state.params), program.objective)
+
+
+def _position(task: Task, feed: Feed, step: int, settings: Settings) -> dict[str, Any]:
+    """Where the next batch is, of which data, for people: it follows from the step and the settings."""
+    epoch, batch = divmod(step, feed.epoch_batches)
+    replayed = None if task.replayed is None else task.replayed.tolist()
+    return {"epoch": epoch, "batch": batch, "replayed": replayed, "settings": settings.to_json()}
+
+
+def _logs(folder: Path, step: int, settings: Settings, wandb: str | None) -> list[logs.Log]:
+    if jax.process_index():
+        return []
+    found = [logs.json_lines(folder / LOG, step), logs.tensorboard(folder / "tensorboard", step)]
+    if wandb is not None:
+        found.append(logs.weights_and_biases(wandb, folder, settings.to_json()))
+    return [log for log in found if log is not None]
+
+
+def _sheet(file: Path, program: Program, state: TrainState, task: Task, settings: Settings) -> None:
+    """Samples of the averaged parameters, from the same noise at every step."""
+    shape = task.images.pixels.shape[1:]
+    found = generate(program.graphdef, state.ema, program.objective, shape, SHEET, key=settings.key("samples"), batch=SHEET)
+    picture(file, found.images)
+
+
+def picture(file: Path, images: UInt8[np.ndarray, "n h w c"]) -> None:
+    """A sheet of images, PNG; small ones enlarged."""
+    sheet = grid(images, columns=max(1, round(len(images) ** 0.5)), scale=max(1, 64 // images.shape[1]))
+    buffer = io.BytesIO()
+    Image.fromarray(sheet[..., 0] if sheet.shape[-1] == 1 else sheet[..., :3]).save(buffer, "PNG")
+    write(file, buffer.getvalue())
