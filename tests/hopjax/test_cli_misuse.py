@@ -212,7 +212,7 @@ def test_readers_that_have_seen_enough_are_no_error(monkeypatch):
     def closed(*arguments, **options):
         raise BrokenPipeError
 
-    monkeypatch.setattr(app, "app", closed)
+    monkeypatch.setattr(app.app, "parse_args", closed)
     monkeypatch.setattr(os, "dup2", lambda one, other: None)
     assert main(["--help"]) == 0
 
