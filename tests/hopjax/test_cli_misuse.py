@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import get_args, get_type_hints
 
 import numpy as np
@@ -212,7 +213,7 @@ def test_readers_that_have_seen_enough_are_no_error(monkeypatch):
     def closed(*arguments, **options):
         raise BrokenPipeError
 
-    monkeypatch.setattr(app.app, "parse_args", closed)
+    monkeypatch.setattr(app, "app", SimpleNamespace(parse_args=closed))
     monkeypatch.setattr(os, "dup2", lambda one, other: None)
     assert main(["--help"]) == 0
 
