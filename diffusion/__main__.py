@@ -8,7 +8,7 @@ from hopjax.__main__ import run
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    return run("diffusion.app", "diffusion", arguments)
+    return run("diffusion.cli.app", "diffusion", arguments)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import io
 import json
 import os
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,9 +36,10 @@ from diffusion.pixels import checked, grid
 from diffusion.settings import Settings, SettingsError, difference
 from diffusion.train import Diverged, Pause, Program, Record, TrainState, record, train
 from diffusion.unet import UNet
+from hopjax.cli.options import Choice, Reading
 from hopjax.cli.output import write
 from hopjax.cli.table import versions
-from hopjax.cli.tasks import description
+from hopjax.cli.tasks import description, load
 from hopjax.data import Images
 
 RUN, LOG, CHECKPOINTS, SAMPLES, MODEL = "run.json", "log.jsonl", "checkpoints", "samples", "model"
@@ -83,12 +84,14 @@ class Task(NamedTuple):
         replay: of an earlier task, seen again; None for none.
         replayed: their places in that task's data, kept in the checkpoints.
         start: the model to go on from; None for random parameters.
+        source: where the images were read, for `held_out`; JSON.
     """
 
     images: Images
     replay: Images | None = None
     replayed: np.ndarray | None = None
     start: Pipeline | None = None
+    source: Mapping[str, Any] | None = None
 
 
 class Finished(NamedTuple):
@@ -130,6 +133,7 @@ def identity(task: Task, model: UNet, settings: Settings) -> dict[str, Any]:
     return {
         "settings": settings.to_json(),
         "network": model.config.to_json(),
+        "source": None if task.source is None else dict(task.source),
         "data": description(task.images),
         "replay": None if task.replay is None else description(task.replay),
         "start": start,
@@ -281,6 +285,23 @@ def read_model(path: str | os.PathLike[str], *, averaged: bool = True) -> Pipeli
     if found is None:
         raise RunError(f"{folder} has no checkpoint yet: run its `train` command for longer")
     return Pipeline(nnx.merge(program.graphdef, found.state.ema if averaged else found.state.params), program.objective)
+
+
+def held_out(path: str | os.PathLike[str]) -> Images:
+    """The images that a run was not shown, though they were in its data.
+
+    Raises: RunError if it is no run or held none out; DataError if its data cannot be read any more.
+    """
+    folder = Path(path)
+    if not (folder / RUN).is_file():
+        raise RunError(f"{folder} is not the folder of a run: name the images to measure")
+    source = _read(folder, ("source",))["source"]
+    if source is None or not source["hold_out"]:
+        raise RunError(f"the run in {folder} held no images out: name the images to measure, or train with --hold-out")
+    size = tuple(source["size"]) if isinstance(source["size"], list) else source["size"]
+    reading = Reading(source["split"], size, source["grey"], source["limit"], source["skip_bad"])
+    images = load(source["data"], Choice(classes=source["classes"]), reading).task1
+    return images.take(np.arange(len(images) - source["hold_out"], len(images)))
 
 
 def _position(task: Task, feed: Feed, step: int, settings: Settings) -> dict[str, Any]:

@@ -1,0 +1,43 @@
+"""What the commands of `python -m diffusion` share."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from diffusion.run import RunError
+from hopjax.cli.options import Choice, Machine, Reading, UsageError, as_options
+from hopjax.data import DataError, Images
+
+Device = Annotated[Literal["cpu", "gpu", "tpu"] | None, Parameter(group="Devices", help="Default: the best that JAX finds.")]
+Model = Annotated[str, Parameter(help="Folder of a run, finished or not, or of a diffusers pipeline or UNet2DModel.")]
+
+Raw = Annotated[bool, Parameter(negative="", help="Of a run, the parameters themselves instead of their average.")]
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """What cannot be done is said in one line."""
+    try:
+        yield
+    except (DataError, RunError, ValueError) as error:
+        raise UsageError(as_options(str(error))) from error
+
+
+def configure(device: Literal["cpu", "gpu", "tpu"] | None, distributed: bool = False) -> None:
+    """The device asked for, compiled programs kept from run to run, and the other processes of a job."""
+    from hopjax.cli.app import configure
+
+    if distributed:
+        import jax
+
+        jax.distributed.initialize()
+    configure(Machine(device=device))
+
+
+def images_of(data: str, classes: str | None, reading: Reading) -> Images:
+    """The images of DATA, or of some of its classes."""
+    from hopjax.cli.tasks import load
+
+    return load(data, Choice(classes=classes), reading).task1
