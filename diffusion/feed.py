@@ -46,12 +46,11 @@ class Feed:
             if self.replay_ratio is not None:
                 raise ValueError(f"replay_ratio = {self.replay_ratio} needs a replay buffer: give one, or no ratio")
         else:
-            for what in ("dtype", "shape"):
-                new, old = (getattr(images[:1], what) for images in (self.images, self.replay))
-                if new != old:
-                    raise ValueError(f"replayed images have {what} {old}, new ones {new}: they must be alike")
             if len(self.replay) == 0:
                 raise ValueError("the replay buffer is empty: leave it out")
+            new, old = ((images.dtype, images.shape[1:]) for images in (self.images, self.replay))
+            if new != old:
+                raise ValueError(f"replayed images are {old[0]} {old[1]}, new ones {new[0]} {new[1]}: they must be alike")
             if self.replay_ratio is not None and not 0 < self.replay_ratio < 1:
                 raise ValueError(f"replay_ratio = {self.replay_ratio} is out of range: need 0 < replay_ratio < 1")
         if not 1 <= self.batch_size <= self.epoch_size:

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 
+import jax
 import jaxtyping
 import pytest
 
@@ -18,3 +19,10 @@ def unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="module")
+def as_run() -> Iterator[None]:
+    """JAX as programs have it: single precision, and the usual promotions, which optax relies on."""
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
+        yield
