@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, NullFormatter, NullLocator
 
@@ -60,8 +62,10 @@ def draw(claim: Claim, series: Mapping[str, Mapping[str, Any]]) -> tuple[bytes, 
             layout.execute(figure)
             figure.set_layout_engine("none")
         svg, png = io.BytesIO(), io.BytesIO()
-        figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
-        figure.savefig(png, format="png", metadata={"Software": None})
+        # Not by savefig, which draws everything once more beforehand, in case that the layout changes.
+        figure.set_dpi(mpl.rcParams["savefig.dpi"])
+        FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})
+        FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None, "Creator": None})  # last: it changes the resolution
         return svg.getvalue(), png.getvalue()
 
 

@@ -12,7 +12,7 @@ the raw gain (91) with π replaced by κπ. One memory counted once more is λ =
 """
 
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -32,30 +32,42 @@ SAMPLES = 10_000  # of each task
 TRUE = MODEL.members + 1
 FRACTION = 1 / (TRUE + 1)
 REPLAYED = (0, MODEL.members)  # a cluster member, and the outlier
+ROOMY = TRUE + 1  # memories that are learned where samples are replayed: with room for one more
 HELD_OUT = 500  # samples of each memory
 # Overlapping memories make directions along which the likelihood is flat: the density settles long before they do.
 CONVERGED, ONE_STEP = boltzmann.EM(max_steps=60, tolerance=2e-5), boltzmann.EM(max_steps=1)
 
 
-class Change(NamedTuple):
-    """What continued training did to held-out Task-1 samples, in units of energy; axes (seed, memory that they are of, sample).
+class Task(NamedTuple):
+    """Samples of either task and exact log-densities, in units of energy; the first axis of all is the seed.
 
     Attributes:
-        forgotten: β⁻¹ log of old over new density, no replay.
-        rise: ΔE, which it should be.
-        gains: axes (replayed, seed, memory, sample): what replay saves, less what it changes without a rotation.
-        predicted: the same for a model that learns its data exactly.
+        first: what Task 1 is learned from.
+        following: what training continues on, axes (seed, set, sample, d): the rotated task and Task 1, without replay, then with
+            each of `REPLAYED`.
+        held: held-out samples of every true memory, axes (seed, memory, sample, d).
+        rise: ΔE of the held-out samples, axes (seed, memory, sample).
+        predicted: what replay saves a model that learns exactly, less what it changes without a rotation: (replayed, seed, memory, sample).
+        keys: for the fits.
     """
 
-    forgotten: NDArray[np.float64]
+    first: jax.Array
+    following: jax.Array
+    held: jax.Array
     rise: NDArray[np.float64]
-    gains: NDArray[np.float64]
     predicted: NDArray[np.float64]
+    keys: jax.Array
 
 
-@lru_cache(maxsize=8)
-def change(setting: Setting, memories: int, method: boltzmann.EM = CONVERGED) -> Change:
-    """Learn Task 1 with so many memories, then go on to the rotated task and, for comparison, on Task 1 itself, with and without replay."""
+def _log_densities(samples: jax.Array, memories: jax.Array) -> jax.Array:
+    """Of (memory, sample, d) under memories in any precision, in double, in units of energy."""
+    wide, beta = jnp.result_type(float), MODEL.beta
+    rows = samples.reshape(-1, MODEL.dim).astype(wide)
+    return (boltzmann.log_likelihoods(rows, memories.astype(wide), beta) / beta).reshape(samples.shape[:-1])
+
+
+@lru_cache(maxsize=1)
+def _task(setting: Setting) -> Task:
     beta, dtype = MODEL.beta, jnp.float32
     replays = round(FRACTION * SAMPLES)
 
@@ -64,7 +76,6 @@ def change(setting: Setting, memories: int, method: boltzmann.EM = CONVERGED) ->
         true = cluster.memories(MODEL.members, MODEL.dim, MODEL.cosine, dtype=dtype)
         turn = hopjax.rotation(hopjax.antisymmetric(turning, MODEL.dim, MODEL.sigma, dtype=dtype), MODEL.epsilon)
         stored = jnp.stack([true @ turn.T, true])
-        start = boltzmann.fit(fitting, hopjax.sample_boltzmann(first, true, beta, (SAMPLES,)), memories, beta, method=CONVERGED).memories
 
         def of_memory(key: jax.Array, memory: jax.Array, count: int) -> jax.Array:
             return hopjax.sample_boltzmann(key, memory[None], beta, (count,))
@@ -73,31 +84,72 @@ def change(setting: Setting, memories: int, method: boltzmann.EM = CONVERGED) ->
         # The same draws, so that what is compared differs by the replayed samples alone.
         keys = jax.random.split(replaying, TRUE)
         replayed = [fresh.at[:, :replays].set(of_memory(keys[b], true[b], replays)[None]) for b in REPLAYED]
-        data = jnp.concatenate([fresh, *replayed])  # (rotated, not) without replay, then for each replayed memory
-        ends = lax.map(lambda x: boltzmann.fit(fitting, x, memories, beta, method=method, start=start).memories, data)
+        samples = jax.vmap(lambda k, m: of_memory(k, m, HELD_OUT))(jax.random.split(held, TRUE), true)
+        before = _log_densities(samples, true)
+        exact = jax.vmap(lambda memories: _log_densities(samples, memories))(stored)
+        single = jax.vmap(lambda b: _log_densities(samples, true[b][None]))(jnp.array(REPLAYED))
+        mixed = jnp.logaddexp(jnp.log1p(-FRACTION) + beta * exact[None], jnp.log(FRACTION) + beta * single[:, None]) / beta
+        gains = mixed - exact[None]
+        learning = hopjax.sample_boltzmann(first, true, beta, (SAMPLES,))
+        return learning, jnp.concatenate([fresh, *replayed]), samples, before - exact[0], gains[:, 0] - gains[:, 1], fitting
 
-        samples = jax.vmap(lambda k, m: of_memory(k, m, HELD_OUT))(jax.random.split(held, TRUE), true).reshape(-1, MODEL.dim)
-
-        def log_density(memories: jax.Array) -> jax.Array:
-            """Over the same samples, in units of energy."""
-            wide = jnp.result_type(float)
-            return (boltzmann.log_likelihoods(samples.astype(wide), memories.astype(wide), beta) / beta).reshape(TRUE, HELD_OUT)
-
-        before, after = log_density(start), jax.vmap(log_density)(ends).reshape(-1, 2, TRUE, HELD_OUT)
-        exact_before, exact = log_density(true), jax.vmap(log_density)(stored)
-        mixed = jnp.stack(
-            [
-                jnp.logaddexp(jnp.log1p(-FRACTION) + beta * exact, jnp.log(FRACTION) + beta * log_density(true[b][None])[None]) / beta
-                for b in REPLAYED
-            ]
-        )
-        gains, predicted = after[1:] - after[:1], mixed - exact[None]
-        return before - after[0, 0], exact_before - exact[0], gains[:, 0] - gains[:, 1], predicted[:, 0] - predicted[:, 1]
-
-    # Whatever the number of memories, the same data.
     keys = jax.random.split(setting.key("learned-forgetting"), SEEDS)
-    forgotten, rise, gains, predicted = (np.asarray(part) for part in jax.jit(lambda keys: lax.map(one, keys))(keys))
-    return Change(forgotten, rise, np.moveaxis(gains, 1, 0), np.moveaxis(predicted, 1, 0))
+    first, following, held, rise, predicted, fitting = jax.jit(lambda keys: lax.map(one, keys))(keys)
+    return Task(first, following, held, np.asarray(rise), np.moveaxis(np.asarray(predicted), 1, 0), fitting)
+
+
+@partial(jax.jit, static_argnums=3)
+def _learn(keys: jax.Array, samples: jax.Array, held: jax.Array, memories: int) -> tuple[jax.Array, jax.Array]:
+    """Memories learned from Task 1 and the log-densities of held-out samples, for each seed."""
+
+    def one(inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        key, samples, held = inputs
+        found = boltzmann.fit(key, samples, memories, MODEL.beta, method=CONVERGED).memories
+        return found, _log_densities(held, found)
+
+    return lax.map(one, (keys, samples, held))
+
+
+@partial(jax.jit, static_argnums=4)
+def _continue(keys: jax.Array, data: jax.Array, held: jax.Array, start: jax.Array, method: boltzmann.EM) -> jax.Array:
+    """Log-densities of held-out samples after training went on from `start`, for each seed and set of data."""
+
+    def one(inputs: tuple[jax.Array, ...]) -> jax.Array:
+        key, data, held, start = inputs
+
+        def end(samples: jax.Array) -> jax.Array:
+            found = boltzmann.fit(key, samples, len(start), MODEL.beta, method=method, start=start).memories
+            return _log_densities(held, found)
+
+        return lax.map(end, data)
+
+    return lax.map(one, (keys, data, held, start))
+
+
+@lru_cache(maxsize=8)
+def _learned(setting: Setting, memories: int) -> tuple[jax.Array, jax.Array]:
+    task = _task(setting)
+    return _learn(task.keys, task.first, task.held, memories)
+
+
+@lru_cache(maxsize=8)
+def _change(setting: Setting, memories: int, method: boltzmann.EM) -> NDArray[np.float64]:
+    """β⁻¹ log of old over new density after each set that training continued on: all with room for what is replayed, else the first."""
+    task, (start, before) = _task(setting), _learned(setting, memories)
+    data = task.following if memories == ROOMY else task.following[:, :1]
+    return np.asarray(before[:, None] - _continue(task.keys, data, task.held, start, method))
+
+
+def forgotten(setting: Setting, memories: int, method: boltzmann.EM = CONVERGED) -> NDArray[np.float64]:
+    """β⁻¹ log of old over new density of held-out Task-1 samples after the rotated task: axes (seed, memory, sample)."""
+    return _change(setting, memories, method)[:, 0]
+
+
+def gains(setting: Setting) -> NDArray[np.float64]:
+    """How much of that replay saves `ROOMY` memories, less what it changes without a rotation: axes (replayed, seed, memory, sample)."""
+    change = _change(setting, ROOMY, CONVERGED).reshape(SEEDS, -1, 2, TRUE, HELD_OUT)
+    saved = change[:, :1] - change[:, 1:]
+    return np.moveaxis(saved[:, :, 0] - saved[:, :, 1], 1, 0)
 
 
 @claim(
@@ -180,27 +232,26 @@ def _groups(values: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
 )
 def learned_forgetting(setting: Setting) -> Finding:
     measurements, notes = [], []
-    for count in (TRUE, TRUE + 1):
-        found = change(setting, count)
+    task = _task(setting)
+    for count in (TRUE, ROOMY):
+        excess = forgotten(setting, count) - task.rise
         for name, part in (("outlier", slice(TRUE - 1, None)), ("cluster", slice(TRUE - 1))):
-            difference, error = interval((found.forgotten - found.rise)[:, part])
-            mean, _ = interval(found.rise[:, part])
+            difference, error = interval(excess[:, part])
+            mean, _ = interval(task.rise[:, part])
             measurements.append(t_score(f"β⁻¹ log p₁/p₂ less ΔE, {name} samples, {count} memories", difference, error, SEEDS))
             notes.append(f"{name}, {count} memories: {(difference + mean) / mean:.3f} ± {error / mean:.3f}")
-    crowded = {f"{TRUE} memories": change(setting, TRUE), f"{TRUE - 1} memories": change(setting, TRUE - 1)}
     samples = {
-        title: {
+        f"{count} memories": {
             name: {"cluster": np.round(values[0, :-1, :60], 5).ravel(), "outlier": np.round(values[0, -1, :60], 5)}
-            for name, values in (("rise", found.rise), ("forgotten", found.forgotten))
+            for name, values in (("rise", task.rise), ("forgotten", forgotten(setting, count)))
         }
-        for title, found in crowded.items()
+        for count in (TRUE, TRUE - 1)
     }
-    wide = change(setting, TRUE + 1)
-    gains = {}
-    for (name, learned), predicted in zip(_groups(wide.gains).items(), _groups(wide.predicted).values(), strict=True):
+    saved = {}
+    for (name, learned), predicted in zip(_groups(gains(setting)).items(), _groups(task.predicted).values(), strict=True):
         mean, error = interval(learned)
-        gains[name] = {"mean": mean, "error": error, "predicted": float(predicted.mean())}
-    return Finding(measurements, {"samples": samples, "gains": gains}, note=f"Learned over predicted: {'; '.join(notes)}.")
+        saved[name] = {"mean": mean, "error": error, "predicted": float(predicted.mean())}
+    return Finding(measurements, {"samples": samples, "gains": saved}, note=f"Learned over predicted: {'; '.join(notes)}.")
 
 
 @claim(
@@ -209,9 +260,8 @@ def learned_forgetting(setting: Setting) -> Finding:
     "With room for one memory more, replay of a memory's samples at fraction 1/(M+1) saves what the energy with that memory counted says.",
 )
 def learned_replay(setting: Setting) -> Finding:
-    found = change(setting, TRUE + 1)
     measurements, notes = [], []
-    learned, predicted = _groups(found.gains), _groups(found.predicted)
+    learned, predicted = _groups(gains(setting)), _groups(_task(setting).predicted)
     for name in learned:
         difference, error = interval(learned[name] - predicted[name])
         measurements.append(t_score(f"gain {name}, learned less predicted", difference, error, SEEDS))
@@ -228,11 +278,10 @@ def learned_replay(setting: Setting) -> Finding:
     "The energy rise of the true memories still predicts what is forgotten when there is one memory too few.",
 )
 def learned_forgetting_crowded(setting: Setting) -> Finding:
-    measurements = []
+    measurements, rise = [], _task(setting).rise
     for count in (TRUE - 1, TRUE):
-        found = change(setting, count)
-        difference = np.mean(found.forgotten - found.rise, axis=2)
-        ratio = np.sqrt(np.mean(difference**2)) / np.mean(found.rise)
+        difference = np.mean(forgotten(setting, count) - rise, axis=2)
+        ratio = np.sqrt(np.mean(difference**2)) / np.mean(rise)
         what = f"r.m.s. difference of a memory's samples in one run over mean ΔE, {count} memories"
         measurements.append(Measurement(what, float(ratio), "<=", 0.5))
     return Finding(
@@ -247,8 +296,8 @@ def learned_forgetting_crowded(setting: Setting) -> Finding:
     "A single EM step on the new task forgets as much as training to the end.",
 )
 def learned_forgetting_undertrained(setting: Setting) -> Finding:
-    short, end = change(setting, TRUE, ONE_STEP), change(setting, TRUE)
-    fraction = short.forgotten.mean(axis=(1, 2)) / end.forgotten.mean(axis=(1, 2))
+    short, end = forgotten(setting, TRUE, ONE_STEP), forgotten(setting, TRUE)
+    fraction = short.mean(axis=(1, 2)) / end.mean(axis=(1, 2))
     mean, error = interval(fraction)
     return Finding(
         [Measurement("β⁻¹ log p₁/p₂ after one step over that at the end, same samples", mean, ">=", 0.9)],

@@ -10,8 +10,7 @@ import importlib
 import multiprocessing
 import signal
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -42,13 +41,18 @@ MODULES = (
     "digits",
 )
 
-# Their checks share an ensemble of rotations, and those of `digits`, the last, a data set, which a process computes once: processes begin
-# at either end of the jobs.
-BEGUN_FIRST = ("theorem_4_1", "replay_identity", "theorem_5_1")
+# Checks of one family share what a process computes once: an ensemble of rotations, learned memories, a data set. A family keeps to one
+# process, and the longest begin, so that processes end together.
+FAMILIES = (("learned_memories",), ("digits",), ("learned_forgetting",), ("theorem_4_1", "replay_identity", "theorem_5_1"))
 
 
 def _module(claim: Claim) -> str:
     return claim.check.__module__.rpartition(".")[2]
+
+
+def _family(claim: Claim) -> tuple[str, ...]:
+    module = _module(claim)
+    return next((family for family in FAMILIES if module in family), (module,))
 
 
 def load() -> Mapping[str, Claim]:
@@ -73,11 +77,12 @@ def select(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
 
 
 class Job(NamedTuple):
-    """One check to run: a claim's name, the preset's name ("" for a claim that is run once), and the setting."""
+    """One check to run: a claim's name, the preset's name ("" for a claim that is run once), the setting, and the claim's family."""
 
     claim: str
     preset: str
     setting: Setting
+    family: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
@@ -87,9 +92,9 @@ class Job(NamedTuple):
 def jobs(claims: Iterable[Claim], presets: Sequence[Preset], seed: int, rotations: int) -> list[Job]:
     """What to run. A claim that is run once gets the first of all presets, whichever are asked for, and must not look at it."""
     always = next(iter(PRESETS.values()))
-    claims = sorted(claims, key=lambda claim: _module(claim) not in BEGUN_FIRST)
+    claims = sorted(claims, key=lambda claim: (*FAMILIES, _family(claim)).index(_family(claim)))
     return [
-        Job(claim.name, preset.name if claim.per_preset else "", Setting(preset, seed, rotations))
+        Job(claim.name, preset.name if claim.per_preset else "", Setting(preset, seed, rotations), _family(claim))
         for claim in claims
         for preset in (presets if claim.per_preset else (always,))
     ]
@@ -188,6 +193,11 @@ class _Worker:
         self.process.join()
 
 
+def choose(families: Sequence[Hashable], mine: Hashable, others: Collection[Hashable]) -> int:
+    """Which task a process takes: the first of its own family, else of one that no other process works on, else of another's."""
+    return min(range(len(families)), key=lambda place: (families[place] != mine, families[place] in others))
+
+
 class Pool:
     """Processes that run tasks; none means this one.
 
@@ -208,21 +218,30 @@ class Pool:
             worker.stop()
 
     def map(
-        self, function: Callable[[Task], Result], tasks: Iterable[Task], started: Callable[[Task], None] = lambda task: None
+        self,
+        function: Callable[[Task], Result],
+        tasks: Iterable[Task],
+        started: Callable[[Task], None] = lambda task: None,
+        family: Callable[[Task], Hashable] = id,
     ) -> Iterator[tuple[Task, Result | Lost]]:
-        """Tasks and their results in the order in which these come; `started` is called with each task that begins."""
-        pending = deque(tasks)
+        """Tasks and their results in the order in which these come; `started` is called with each task that begins.
+
+        Tasks of one family run in one process, until there is nothing else to do.
+        """
+        pending = list(tasks)
         if not self._workers:
             for task in pending:
                 started(task)
                 yield task, function(task)
             return
         busy: dict[Any, tuple[_Worker, Task]] = {}
+        current: dict[int, Hashable] = {}
         while pending or busy:
             for place, worker in enumerate(self._workers):
                 if worker.pipe not in busy and pending:
-                    # From both ends: neighbours, which may share work that a process keeps, stay together.
-                    task = pending.pop() if place % 2 else pending.popleft()
+                    mine = current.pop(place, None)
+                    task = pending.pop(choose([family(task) for task in pending], mine, set(current.values())))
+                    current[place] = family(task)
                     busy[worker.pipe] = worker, task
                     with suppress(OSError):  # a process that has ended shows when its result is asked for
                         worker.pipe.send((function, task))
@@ -239,7 +258,7 @@ class Pool:
 
 def execute(pool: Pool, jobs: Sequence[Job], started: Callable[[Job], None]) -> Iterator[Outcome]:
     """Outcomes in the order in which they come."""
-    for job, outcome in pool.map(measure, jobs, started):
+    for job, outcome in pool.map(measure, jobs, started, lambda job: job.family):
         yield (
             Outcome(job, None, f"the process that ran it ended with status {outcome.status}", 0.0) if isinstance(outcome, Lost) else outcome
         )

@@ -454,6 +454,19 @@ def test_without_processes_tasks_run_here_in_order():
     assert begun == [1, 2, 4]
 
 
+def test_a_process_keeps_to_its_family_and_leaves_others_theirs():
+    assert run.choose("abac", "b", {"a"}) == 1
+    assert run.choose("aacb", "d", {"a"}) == 2
+    assert run.choose("aaa", "d", {"a"}) == 0
+
+
+def test_checks_that_share_work_are_of_one_family_and_come_first(claims):
+    listed = [job.family for job in run.jobs(claims.values(), list(PRESETS.values()), 0, 2000)]
+    assert set(sum(run.FAMILIES, ())) <= set(run.MODULES)
+    assert tuple(dict.fromkeys(listed))[: len(run.FAMILIES)] == run.FAMILIES
+    assert sum(map(len, dict.fromkeys(listed))) == len(run.MODULES)
+
+
 @pytest.mark.slow
 def test_a_process_that_ends_loses_its_task_alone():
     with run.Pool(2, command_line.configure) as pool:
