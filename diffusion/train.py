@@ -115,7 +115,7 @@ class Program:
         step = state.step + 1
         part = found.timestep * PARTS // self.objective.schedule.timesteps
         sums, counts = (jnp.zeros(PARTS, x.dtype).at[part].add(x) for x in (found.losses, jnp.ones_like(part)))
-        measured = Measured(mean, optax.global_norm(gradients), sums, counts)
+        measured = Measured(mean, optax.tree.norm(gradients), sums, counts)
         return TrainState(step, params, averaged(state.ema, params, step, self.ema), opt_state), measured
 
 

@@ -1,7 +1,9 @@
 """What the tests of `diffusion` share: shape checks on its public functions too."""
 
+import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jaxtyping
@@ -26,3 +28,24 @@ def as_run() -> Iterator[None]:
     """JAX as programs have it: single precision, and the usual promotions, which optax relies on."""
     with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
         yield
+
+
+@pytest.fixture(scope="session")
+def compilations() -> Callable[[], Any]:
+    """A context that gives the list of what was compiled in it, or taken from the cache of programs."""
+    found: list[list[str]] = []
+
+    def listen(event: str, _: float, **known: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            for names in found:
+                names.append(str(known.get("fun_name", "")))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)  # there is no way to take it back
+
+    @contextlib.contextmanager
+    def watch() -> Iterator[list[str]]:
+        found.append([])
+        yield found[-1]
+        found.pop()
+
+    return watch
