@@ -21,29 +21,29 @@ class Layout:
     """How many devices share the data, and the parameters.
 
     Attributes:
-        data: groups of devices, each with a copy of the parameters; by default as many as the devices give.
+        replicas: groups of devices, each with a copy of the parameters; by default as many as the devices give.
         fsdp: devices over which each copy is split.
     """
 
-    data: int | None = None
+    replicas: int | None = None
     fsdp: int = 1
 
     def __post_init__(self) -> None:
         """Refuse counts below one."""
-        for name, value in (("data", self.data), ("fsdp", self.fsdp)):
+        for name, value in (("replicas", self.replicas), ("fsdp", self.fsdp)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} = {value} is out of range: need {name} ≥ 1")
 
     def mesh(self) -> Mesh:
-        """The devices of all processes, as data × fsdp.
+        """The devices of all processes, as replicas × fsdp.
 
         Raises: ValueError unless that is how many there are.
         """
         devices = jax.device_count()
-        data = max(1, devices // self.fsdp) if self.data is None else self.data
-        if data * self.fsdp != devices:
-            raise ValueError(f"data × fsdp = {data} × {self.fsdp} must be the number of devices, {devices}")
-        return jax.make_mesh((data, self.fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+        replicas = max(1, devices // self.fsdp) if self.replicas is None else self.replicas
+        if replicas * self.fsdp != devices:
+            raise ValueError(f"replicas × fsdp = {replicas} × {self.fsdp} must be the number of devices, {devices}")
+        return jax.make_mesh((replicas, self.fsdp), ("replicas", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
 
 def sharded_batch(mesh: Mesh, batch: Shaped[np.ndarray, "n *shape"]) -> Shaped[Array, "n *shape"]:
