@@ -16,6 +16,7 @@ ARGS ?=
 
 VENV := .venv
 NEWEST := .venv-newest
+PARITY := .venv-parity
 CODE := $(wildcard diffusion hopjax theory_checks tests benchmarks)
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check --no-input
 PYENV_PYTHONS := $(wildcard $(HOME)/.pyenv/versions/*/bin/python)
@@ -65,6 +66,10 @@ test-slow: $(VENV)/.dev $(NEWEST)/.test ## run the slow tests, then the kernels'
 		$(NEWEST)/bin/python -m pytest -n $(WORKERS) tests/hopjax $(PYTEST)
 	fi
 
+.PHONY: parity
+parity: $(PARITY)/.parity ## hold networks and their files against torch and diffusers, at full size (installs torch)
+	@$(PARITY)/bin/python -m pytest -m parity $(PYTEST)
+
 .PHONY: lint
 lint: $(VENV)/.dev ## check style and formatting
 	@$(VENV)/bin/python -m ruff check $(CODE)
@@ -85,7 +90,7 @@ bench: $(VENV)/.dev ## measure time, memory and error of the kernels (python -m 
 
 .PHONY: clean
 clean: ## remove the environments, caches and build artefacts; results stay
-	@rm -rf $(VENV) $(NEWEST) .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov build dist
+	@rm -rf $(VENV) $(NEWEST) $(PARITY) .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- environments: a stamp inside each says what it holds ---
@@ -121,6 +126,12 @@ $(VENV)/.dev: $(VENV)/.created pyproject.toml
 	@echo 'installing hopjax[dev] into $(VENV)'
 	$(VENV)/bin/python $(PIP_INSTALL) -e '.[dev]'
 	touch $(VENV)/.theory $@
+
+$(PARITY)/.parity: $(VENV)/.created pyproject.toml
+	@echo 'installing hopjax[test,parity] into $(PARITY)'
+	[ -x $(PARITY)/bin/python ] || $(VENV)/bin/python -m venv $(PARITY)
+	$(PARITY)/bin/python $(PIP_INSTALL) -e '.[test,parity]'
+	touch $@
 
 $(NEWEST)/.created:
 	@newest=$$(for python in $(or $(NEWEST_PYTHON),python3 python3.15 python3.14 python3.13 python3.12 python3.11 $(PYENV_PYTHONS)); do

@@ -25,7 +25,7 @@ from flax import nnx
 from jaxtyping import UInt8
 from PIL import Image
 
-from diffusion import logs
+from diffusion import figures, logs
 from diffusion.checkpoint import CheckpointError, Checkpoints
 from diffusion.config import UNetConfig
 from diffusion.feed import Feed
@@ -42,7 +42,7 @@ from hopjax.cli.table import versions
 from hopjax.cli.tasks import description, load
 from hopjax.data import Images
 
-RUN, LOG, CHECKPOINTS, SAMPLES, MODEL = "run.json", "log.jsonl", "checkpoints", "samples", "model"
+RUN, LOG, CURVE, CHECKPOINTS, SAMPLES, MODEL = "run.json", "log.jsonl", "loss.png", "checkpoints", "samples", "model"
 # Images on a sheet.
 SHEET = 64
 # Steps after which progress is told.
@@ -247,6 +247,7 @@ def run(
                         checkpoints.save(done, state, _position(task, feed, done, settings))
                     if rhythm.sample_every and (done % rhythm.sample_every == 0 or done == steps):
                         _sheet(folder / SAMPLES / f"{done:07d}.png", program, state, task, settings)
+                        write(folder / CURVE, figures.losses(logs.read(folder / LOG)))
             except Diverged as error:
                 saved = checkpoints.steps
                 good = f"the last good checkpoint is of step {saved[-1]:,}" if saved else "there is no checkpoint yet"

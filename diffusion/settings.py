@@ -222,9 +222,9 @@ PRESETS: Mapping[str, Preset] = types.MappingProxyType(
                 Network("digits-small"),
                 Noise("cosine", prediction="v_prediction"),
                 AdamW(2e-3, warmup=200, decay=0.3),
-                Length(9_000, 64, ema=0.998),
+                Length(5_000, 64, ema=0.998),
             ),
-            "5,000 digits of MNIST, 28 × 28, hours on two cores",
+            "5,000 digits of MNIST, 28 × 28, an hour on two cores",
         ),
         # Of the paper: the count of parameters, T, the schedule, the optimiser, batch and EMA. The channels and 100 epochs are ours.
         "paper-cifar10": Preset(

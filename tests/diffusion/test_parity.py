@@ -1,4 +1,4 @@
-"""The full size of google/ddpm-cifar10-32 against torch and diffusers, in both directions. Needs both; skipped without them."""
+"""The full size of google/ddpm-cifar10-32 against torch and diffusers, in both directions. Needs both: `make parity`."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from diffusion.unet import UNet, parameter_count
 from diffusion.weights import read_unet, write_unet
 
 # Warnings of torch and diffusers about themselves.
-pytestmark = [pytest.mark.slow, *(pytest.mark.filterwarnings(f"ignore::{kind}Warning") for kind in ("Deprecation", "Future"))]
+pytestmark = [pytest.mark.parity, *(pytest.mark.filterwarnings(f"ignore::{kind}Warning") for kind in ("Deprecation", "Future"))]
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
