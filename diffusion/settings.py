@@ -211,8 +211,8 @@ PRESETS: Mapping[str, Preset] = types.MappingProxyType(
             Settings(
                 Network("digits-8"),
                 Noise("cosine", prediction="v_prediction"),
-                AdamW(2e-3, warmup=100, decay=0.3),
-                Length(2_000, 128, ema=0.995),
+                AdamW(2e-3, warmup=50, decay=0.3),
+                Length(600, 64, ema=0.99),
             ),
             "scikit-learn's 8 × 8 digits, two minutes on two cores",
         ),
