@@ -59,7 +59,7 @@ def objective_of(fields: Mapping[str, Any]) -> Denoising:
     Raises: ValueError naming a field whose value is not supported.
     """
     name = fields.get("beta_schedule", "linear")
-    if name not in _NAMES:
+    if not isinstance(name, str) or name not in _NAMES:
         raise ValueError(f"{SCHEDULER}: beta_schedule = {name!r} is not supported; what is: {', '.join(_NAMES)}")
     if fields.get("trained_betas") is not None:
         raise ValueError(f"{SCHEDULER}: trained_betas is not supported: a schedule must have a name")
@@ -67,14 +67,19 @@ def objective_of(fields: Mapping[str, Any]) -> Denoising:
         raise ValueError(f"{SCHEDULER}: rescale_betas_zero_snr is not supported: the last timestep would have no signal")
     kinds = {kind.value: kind for kind in Prediction}
     prediction = fields.get("prediction_type", "epsilon")
-    if prediction not in kinds:
+    if not isinstance(prediction, str) or prediction not in kinds:
         raise ValueError(f"{SCHEDULER}: prediction_type = {prediction!r} is not supported; what is: {', '.join(kinds)}")
     timesteps = fields.get("num_train_timesteps", 1000)
     ends = {end: fields.get(end, default) for end, default in (("beta_start", 1e-4), ("beta_end", 0.02))}
     for field, value in {"num_train_timesteps": timesteps, **ends}.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError(f"{SCHEDULER}: {field} = {value!r} is not a number")
-    schedule = _NAMES[name](int(timesteps), **({} if name == "squaredcos_cap_v2" else ends))
+    if timesteps != int(timesteps):
+        raise ValueError(f"{SCHEDULER}: num_train_timesteps = {timesteps!r} is not a whole number")
+    try:
+        schedule = _NAMES[name](int(timesteps), **({} if name == "squaredcos_cap_v2" else ends))
+    except ValueError as error:
+        raise ValueError(f"{SCHEDULER}: {error}") from error
     return Denoising(schedule, kinds[prediction])
 
 
@@ -102,6 +107,8 @@ def read_pipeline(folder: str | os.PathLike[str], *, dtype: DTypeLike = jnp.floa
     """
     folder = Path(folder)
     if not folder.is_dir():
+        if folder.exists():
+            raise ValueError(f"{folder} is not a folder")
         beside = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
         near = difflib.get_close_matches(folder.name, beside, n=1)
         raise ValueError(f"{folder} does not exist" + (f"; did you mean {folder.with_name(near[0])}?" if near else ""))

@@ -90,6 +90,11 @@ class LinearSchedule(Schedule):
     beta_start: float = 1e-4
     beta_end: float = 0.02
 
+    def __post_init__(self) -> None:
+        """Refuse what gives no decreasing ᾱ between 0 and 1."""
+        super().__post_init__()
+        _check_ends(self.beta_start, self.beta_end)
+
     def _products(self) -> Float[np.ndarray, " t"]:
         # A constant, so it is computed at once even under a tracer, and in float64 even where the process runs in float32.
         with jax.ensure_compile_time_eval(), jax.enable_x64(True):
@@ -106,8 +111,7 @@ class ScaledLinearSchedule(Schedule):
     def __post_init__(self) -> None:
         """Refuse what gives no decreasing ᾱ between 0 and 1."""
         super().__post_init__()
-        if not 0 < self.beta_start <= self.beta_end < 1:
-            raise ValueError(f"need 0 < beta_start ≤ beta_end < 1, got {self.beta_start}, {self.beta_end}")
+        _check_ends(self.beta_start, self.beta_end)
 
     def _products(self) -> Float[np.ndarray, " t"]:
         betas = np.linspace(math.sqrt(self.beta_start), math.sqrt(self.beta_end), self.timesteps) ** 2
@@ -132,6 +136,11 @@ class CosineSchedule(Schedule):
         envelope = np.cos(0.5 * math.pi * (times + self.shift) / (1 + self.shift)) ** 2
         betas = np.minimum(1 - envelope[1:] / envelope[:-1], self.max_beta)
         return np.exp(np.cumsum(np.log1p(-betas)))
+
+
+def _check_ends(beta_start: float, beta_end: float) -> None:
+    if not 0 < beta_start <= beta_end < 1:
+        raise ValueError(f"need 0 < beta_start ≤ beta_end < 1, got {beta_start}, {beta_end}")
 
 
 class _Tables(NamedTuple):
