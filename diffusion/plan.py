@@ -55,26 +55,25 @@ def plan(task: Task, settings: Settings) -> Plan:
     """Compile the step of a run and time a few; nothing is written."""
     feed, model = feed_of(task, settings), model_of(task, settings)
     program, params = program_of(model, settings)
-    with jax.set_mesh(program.mesh):
-        state = program.initial(params)
+    state = program.initial(params)
+    start = time.perf_counter()
+    step = program.compile(state, feed.batch(0))
+    compiled = time.perf_counter() - start
+    parts = {
+        kind: sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+        for kind, tree in (("parameters", state.params), ("average", state.ema), ("optimiser", state.opt_state))
+    }
+    parts["gradients"] = parts["parameters"]
+    memory = step.memory_analysis()
+    if memory is not None:  # not every backend tells
+        parts["activations and all else"] = max(0, memory.temp_size_in_bytes - parts["gradients"])
+    seconds = []
+    for number in range(TIMED + 1):
         start = time.perf_counter()
-        step = program.compile(state, feed.batch(0))
-        compiled = time.perf_counter() - start
-        parts = {
-            kind: sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
-            for kind, tree in (("parameters", state.params), ("average", state.ema), ("optimiser", state.opt_state))
-        }
-        parts["gradients"] = parts["parameters"]
-        memory = step.memory_analysis()
-        if memory is not None:  # not every backend tells
-            parts["activations and all else"] = max(0, memory.temp_size_in_bytes - parts["gradients"])
-        seconds = []
-        for number in range(TIMED + 1):
-            start = time.perf_counter()
-            batch = sharded_batch(program.mesh, feed.batch(number))
-            state, measured = step(state, batch, settings.key("training"))
-            jax.block_until_ready(measured)
-            seconds.append(time.perf_counter() - start)
+        batch = sharded_batch(program.mesh, feed.batch(number))
+        state, measured = step(state, batch, settings.key("training"))
+        jax.block_until_ready(measured)
+        seconds.append(time.perf_counter() - start)
     return Plan(
         parameter_count(model),
         parts,

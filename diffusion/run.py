@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import UInt8
 from PIL import Image
 
@@ -51,6 +53,10 @@ GLANCE = 10
 
 class RunError(Exception):
     """A run that cannot begin or go on; the message says why, what is kept, and what to do."""
+
+
+class Stopped(RunError):
+    """A run that had begun and could not go on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +121,11 @@ def model_of(task: Task, settings: Settings) -> UNet:
         raise RunError(f"the model to start from was trained with {objective}; these settings say {settings.noise.objective()}")
     if unet.config.in_channels != shape[2]:
         raise RunError(f"the model to start from takes {unet.config.in_channels} channels, the images have {shape[2]}")
+    size = unet.config.sample_size
+    if size is not None and ((size, size) if isinstance(size, int) else size) != shape[:2]:
+        raise RunError(
+            f"the model to start from draws images of {size}, these are {' × '.join(map(str, shape[:2]))}: give some of its size"
+        )
     unet.config.check_size(*shape[:2])
     # Its own arithmetic is that of the settings.
     remade = settings.network.make(dataclasses.replace(unet.config, dropout=settings.network.dropout), settings.key("parameters"))
@@ -160,7 +171,8 @@ def check(folder: Path, wanted: dict[str, Any]) -> None:
         if changed:
             raise RunError(f"{folder} holds a run with other settings: {'; '.join(changed)}. Give the same, or name another folder")
         return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    # A run that was killed at this very place may have left a part of the file.
+    if folder.exists() and (not folder.is_dir() or any(not path.name.startswith(f".{RUN}.") for path in folder.iterdir())):
         raise RunError(f"{folder} is not empty and holds no run: name another folder")
     made = {**wanted, "versions": versions() | {"platform": platform.machine(), "device": jax.default_backend()}}
     write(folder / RUN, (json.dumps(made, indent=1, ensure_ascii=False) + "\n").encode())
@@ -203,13 +215,13 @@ def run(
     """
     feed = feed_of(task, settings)
     model = model_of(task, settings)
-    check(folder, identity(task, model, settings))
+    if jax.process_index() == 0:
+        check(folder, identity(task, model, settings))
     program, params = program_of(model, settings)
-    steps = settings.length.steps
+    steps, stop = settings.length.steps, _agreed(stop)
     with contextlib.ExitStack() as stack:
         try:
             checkpoints = stack.enter_context(Checkpoints(folder / CHECKPOINTS, keep=rhythm.keep))
-            stack.enter_context(jax.set_mesh(program.mesh))
             found = checkpoints.restore(program.abstract(params))
         except CheckpointError as error:
             raise RunError(str(error)) from error
@@ -246,17 +258,21 @@ def run(
                     if done % rhythm.save_every == 0 or done == steps or stop():
                         checkpoints.save(done, state, _position(task, feed, done, settings))
                     if rhythm.sample_every and (done % rhythm.sample_every == 0 or done == steps):
-                        _sheet(folder / SAMPLES / f"{done:07d}.png", program, state, task, settings)
-                        write(folder / CURVE, figures.losses(logs.read(folder / LOG)))
+                        averaged = program.gathered(state.ema)
+                        if jax.process_index() == 0:
+                            _sheet(folder / SAMPLES / f"{done:07d}.png", program, averaged, task, settings)
+                            write(folder / CURVE, figures.losses(logs.read(folder / LOG)))
             except Diverged as error:
                 saved = checkpoints.steps
                 good = f"the last good checkpoint is of step {saved[-1]:,}" if saved else "there is no checkpoint yet"
-                raise RunError(f"{error}: stopped; {good} in {folder / CHECKPOINTS}. A lower learning_rate or clip may help") from error
+                raise Stopped(f"{error}: stopped; {good} in {folder / CHECKPOINTS}. A lower learning_rate or clip may help") from error
             except CheckpointError as error:
-                raise RunError(str(error)) from error
+                raise Stopped(str(error)) from error
     done = int(state.step)
-    if done == steps and jax.process_index() == 0 and not (folder / MODEL).exists():
-        write_pipeline(folder / MODEL, Pipeline(nnx.merge(program.graphdef, jax.device_get(state.ema)), program.objective))
+    if done == steps and not (folder / MODEL).exists():
+        averaged = program.gathered(state.ema)
+        if jax.process_index() == 0:
+            write_pipeline(folder / MODEL, Pipeline(nnx.merge(program.graphdef, averaged), program.objective))
     return Finished(state, program, done)
 
 
@@ -321,10 +337,31 @@ def _logs(folder: Path, step: int, settings: Settings, wandb: str | None) -> lis
     return [log for log in found if log is not None]
 
 
-def _sheet(file: Path, program: Program, state: TrainState, task: Task, settings: Settings) -> None:
-    """Samples of the averaged parameters, from the same noise at every step."""
+def _agreed(stop: Callable[[], bool]) -> Callable[[], bool]:
+    """Whether any process was asked to stop: all must end after the same step. Where there are several, they ask each other at times."""
+    if jax.process_count() == 1:
+        return stop
+    calls, stopping = 0, False
+
+    def agreed() -> bool:
+        nonlocal calls, stopping
+        calls += 1
+        if not stopping and calls % GLANCE == 0:
+            stopping = bool(np.any(multihost_utils.process_allgather(np.asarray(stop()))))
+        return stopping
+
+    return agreed
+
+
+def _whole(program: Program, params: Any) -> Any:
+    """Parameters on every device, so that every process can read them."""
+    return jax.device_put(params, NamedSharding(program.mesh, PartitionSpec()))
+
+
+def _sheet(file: Path, program: Program, params: Any, task: Task, settings: Settings) -> None:
+    """Samples, from the same noise at every step."""
     shape = task.images.pixels.shape[1:]
-    found = generate(program.graphdef, state.ema, program.objective, shape, SHEET, key=settings.key("samples"), batch=SHEET)
+    found = generate(program.graphdef, params, program.objective, shape, SHEET, key=settings.key("samples"), batch=SHEET)
     picture(file, found.images)
 
 

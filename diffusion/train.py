@@ -86,6 +86,11 @@ class Program:
         place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
         return jax.tree.map(place, state, state_shardings(self.mesh, state))
 
+    def gathered(self, tree: Any) -> Any:
+        """A part of the state, whole, on the host of every process; all processes must ask for it."""
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        return jax.device_get(jax.jit(lambda x: x, out_shardings=whole)(tree))
+
     def compile(self, state: TrainState, batch: Shaped[np.ndarray, "n h w c"]) -> Any:
         """The compiled step (state, batch, key) → (state, Measured), which takes the state's memory over; `state` may be abstract."""
         shardings = state_shardings(self.mesh, state)
