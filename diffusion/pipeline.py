@@ -6,12 +6,16 @@ scheduler/scheduler_config.json
 """
 
 import difflib
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 from jax.typing import DTypeLike
 
 from diffusion.objective import Denoising
@@ -31,6 +35,13 @@ class Pipeline(NamedTuple):
 
     unet: UNet
     objective: Denoising
+
+    def fingerprint(self) -> str:
+        """A hash of what it computes: equal for equal parameters, configurations and noise."""
+        content = hashlib.sha256(repr((self.unet.config, self.objective)).encode())
+        for leaf in jax.tree.leaves(nnx.state(self.unet, nnx.Param)):
+            content.update(np.asarray(leaf).tobytes())
+        return content.hexdigest()
 
 
 def scheduler_config(objective: Denoising) -> dict[str, Any]:

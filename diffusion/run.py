@@ -9,7 +9,6 @@ model/            the averaged parameters at the end, as a diffusers pipeline
 
 import contextlib
 import dataclasses
-import hashlib
 import io
 import json
 import os
@@ -108,47 +107,57 @@ class Finished(NamedTuple):
     step: int
 
 
-def model_of(task: Task, settings: Settings) -> UNet:
-    """The network before the first step.
+def config_of(task: Task, settings: Settings) -> UNetConfig:
+    """The network's configuration.
 
     Raises: RunError if the images do not fit the model to go on from.
     """
     shape = task.images.pixels.shape[1:]
     if task.start is None:
-        return settings.network.make(settings.network.config(*shape), settings.key("parameters"))
-    unet, objective = task.start
+        return settings.network.config(*shape)
+    config, objective = task.start.unet.config, task.start.objective
     if objective != settings.noise.objective():
         raise RunError(f"the model to start from was trained with {objective}; these settings say {settings.noise.objective()}")
-    if unet.config.in_channels != shape[2]:
-        raise RunError(f"the model to start from takes {unet.config.in_channels} channels, the images have {shape[2]}")
-    size = unet.config.sample_size
+    if config.in_channels != shape[2]:
+        raise RunError(f"the model to start from takes {config.in_channels} channels, the images have {shape[2]}")
+    size = config.sample_size
     if size is not None and ((size, size) if isinstance(size, int) else size) != shape[:2]:
         raise RunError(
             f"the model to start from draws images of {size}, these are {' × '.join(map(str, shape[:2]))}: give some of its size"
         )
-    unet.config.check_size(*shape[:2])
-    # Its own arithmetic is that of the settings.
-    remade = settings.network.make(dataclasses.replace(unet.config, dropout=settings.network.dropout), settings.key("parameters"))
-    nnx.update(remade, nnx.state(unet, nnx.Param))
-    return remade
+    config.check_size(*shape[:2])
+    return dataclasses.replace(config, dropout=settings.network.dropout)
 
 
-def identity(task: Task, model: UNet, settings: Settings) -> dict[str, Any]:
-    """All that the parameters at the end depend on, as JSON."""
-    start = None
+def model_of(task: Task, settings: Settings) -> UNet:
+    """The network before the first step; RunError as `config_of`."""
+    made = settings.network.make(config_of(task, settings), settings.key("parameters"))
     if task.start is not None:
-        content = hashlib.sha256()
-        for leaf in jax.tree.leaves(nnx.state(task.start.unet, nnx.Param)):
-            content.update(np.asarray(leaf).tobytes())
-        start = content.hexdigest()
+        nnx.update(made, nnx.state(task.start.unet, nnx.Param))
+    return made
+
+
+def identity(task: Task, settings: Settings) -> dict[str, Any]:
+    """All that the parameters at the end depend on, as JSON."""
     return {
         "settings": settings.to_json(),
-        "network": model.config.to_json(),
+        "network": config_of(task, settings).to_json(),
         "source": None if task.source is None else dict(task.source),
         "data": description(task.images),
         "replay": None if task.replay is None else description(task.replay),
-        "start": start,
+        "start": None if task.start is None else task.start.fingerprint(),
     }
+
+
+def completed(folder: Path, task: Task, settings: Settings) -> Pipeline | None:
+    """The model of a run that has come to its end, without another look at its checkpoints; None if it has not.
+
+    Raises: RunError for a run with other settings.
+    """
+    if not (folder / RUN).exists() or not (folder / MODEL).is_dir():
+        return None
+    check(folder, identity(task, settings))
+    return read_pipeline(folder / MODEL)
 
 
 def _read(folder: Path, names: Iterable[str]) -> dict[str, Any]:
@@ -214,10 +223,9 @@ def run(
     Raises: RunError for other settings than before, a loss that is not finite, or a disk that is full; nothing that was saved is lost.
     """
     feed = feed_of(task, settings)
-    model = model_of(task, settings)
     if jax.process_index() == 0:
-        check(folder, identity(task, model, settings))
-    program, params = program_of(model, settings)
+        check(folder, identity(task, settings))
+    program, params = program_of(model_of(task, settings), settings)
     steps, stop = settings.length.steps, _agreed(stop)
     with contextlib.ExitStack() as stack:
         try:

@@ -1,0 +1,90 @@
+"""A U-Net as a learner of the continual-learning protocol: each task is a run in a folder, each model a diffusers pipeline in it."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int64
+
+from diffusion.assess import reconstructions
+from diffusion.pipeline import Pipeline, read_pipeline
+from diffusion.run import MODEL, Rhythm, Task, completed, run
+from diffusion.settings import Settings
+from diffusion.train import Record
+from hopjax.data import Images
+
+
+class Stopped(Exception):
+    """A run was asked to stop before its end; the same call goes on from there."""
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetLearner:
+    """Learns by `diffusion.run`.
+
+    Attributes:
+        folder: of the experiment; each task gets a folder in it.
+        first: settings of the first task; the seed is replaced.
+        later: of each later one, which starts from the averaged parameters of the one before.
+        rhythm: of all runs.
+        batch: images reconstructed at once.
+        watch: makes, from a run's name and settings, what `run` tells how many steps are done.
+        stop: asked after each step.
+    """
+
+    folder: Path
+    first: Settings
+    later: Settings
+    rhythm: Rhythm = Rhythm(sample_every=0)
+    batch: int = 50
+    say: Callable[[str], None] = lambda _: None
+    watch: Callable[[str, Settings], Callable[[int, Record | None], None]] = lambda *_: lambda *_: None
+    stop: Callable[[], bool] = lambda: False
+
+    def learn(
+        self,
+        name: str,
+        seed: int,
+        images: Images,
+        *,
+        start: Pipeline | None,
+        replay: Images | None,
+        replayed: Int64[np.ndarray, " k"] | None,
+    ) -> Pipeline:
+        """The model at the end of a run.
+
+        Raises: Stopped; RunError as `run`.
+        """
+        chosen = self.first if start is None else self.later
+        settings = dataclasses.replace(chosen, length=dataclasses.replace(chosen.length, seed=seed))
+        task = Task(images, replay, replayed, start)
+        folder = self.folder / name
+        found = completed(folder, task, settings)
+        if found is None:
+            step = run(folder, task, settings, self.rhythm, say=self.say, watch=self.watch(name, settings), stop=self.stop).step
+            if step < settings.length.steps:
+                raise Stopped(f"saved step {step:,} of {settings.length.steps:,} in {folder}")
+            found = read_pipeline(folder / MODEL)
+        return found
+
+    def fingerprint(self, model: Pipeline) -> str:
+        """Of the parameters and the noise that they were trained on."""
+        return model.fingerprint()
+
+    def reconstruct(
+        self, model: Pipeline, images: Images, *, timestep: int, draws: int, seed: int, progress: Callable[[int], None]
+    ) -> Float[np.ndarray, "n m"]:
+        """See `diffusion.assess.reconstructions`."""
+        done = 0
+
+        def tell(now: int, _: int) -> None:
+            nonlocal done
+            progress(now - done)
+            done = now
+
+        found = reconstructions(
+            model, images.pixels, timestep=timestep, key=jax.random.key(seed), draws=draws, batch=self.batch, progress=tell
+        )
+        return np.asarray(found.values)
