@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import UInt8
 from PIL import Image
 
@@ -269,7 +268,8 @@ def run(
                         averaged = program.gathered(state.ema)
                         if jax.process_index() == 0:
                             _sheet(folder / SAMPLES / f"{done:07d}.png", program, averaged, task, settings)
-                            write(folder / CURVE, figures.losses(logs.read(folder / LOG)))
+                            if (folder / LOG).exists():  # not before the first record
+                                write(folder / CURVE, figures.losses(logs.read(folder / LOG)))
             except Diverged as error:
                 saved = checkpoints.steps
                 good = f"the last good checkpoint is of step {saved[-1]:,}" if saved else "there is no checkpoint yet"
@@ -359,11 +359,6 @@ def _agreed(stop: Callable[[], bool]) -> Callable[[], bool]:
         return stopping
 
     return agreed
-
-
-def _whole(program: Program, params: Any) -> Any:
-    """Parameters on every device, so that every process can read them."""
-    return jax.device_put(params, NamedSharding(program.mesh, PartitionSpec()))
 
 
 def _sheet(file: Path, program: Program, params: Any, task: Task, settings: Settings) -> None:

@@ -107,7 +107,7 @@ def train(
 
 
 def _train(out: Path, task: Task, settings: Settings, rhythm: Rhythm, wandb: str | None, screen: Screen) -> int:
-    from diffusion.run import MODEL, SAMPLES, run
+    from diffusion.run import MODEL, SAMPLES, Stopped, run
 
     steps, batch = settings.length.steps, settings.length.batch_size
     with contextlib.ExitStack() as stack:
@@ -122,7 +122,11 @@ def _train(out: Path, task: Task, settings: Settings, rhythm: Rhythm, wandb: str
             tell(done - at, "" if record is None else f"loss {record.loss:.4f}")
             at = done
 
-        finished = run(out, task, settings, rhythm, say=screen.note, watch=watch, wandb=wandb, stop=stop)
+        try:
+            finished = run(out, task, settings, rhythm, say=screen.note, watch=watch, wandb=wandb, stop=stop)
+        except Stopped as error:
+            screen.note(f"error: {error}")
+            return 1
     if finished.step < steps:
         raise KeyboardInterrupt(f"saved step {finished.step:,} of {steps:,} in {out}; the same command goes on from there")
     screen.say(f"model: {out / MODEL}")
