@@ -20,56 +20,56 @@ from numpy.typing import NDArray
 import hopjax
 from hopjax import boltzmann, cluster, gaps
 from theory_checks.claim import QUICK_COMPILE, Finding, Measurement, Setting, claim
-from theory_checks.figures import CLUSTER, NEUTRAL, OTHER, OUTLIER
-from theory_checks.learned_memories import MODEL, match
+from theory_checks.figures import CLUSTER, NEUTRAL, OUTLIER
+from theory_checks.learned_memories import MODEL
 
 RUNS = 16
 SIZES, DIMS = (1000, 10_000), (8, 128)
+TRUE = MODEL.members + 1
+COUNTS = (TRUE - 1, TRUE, TRUE + 1, 2 * TRUE)  # memories learned, at the last of `SIZES` and the first of `DIMS`
 
 
 class Survival(NamedTuple):
-    """Runs at one number of samples and one dimension.
+    """Runs at one number of samples, dimension and number of learned memories.
 
     Attributes:
-        gap: (run,): sharpness at the learned outlier's fixed point less the members' mean, in units of d − 1.
+        gap: (run,): sharpness at the fixed point that the outlier flows to less the members' mean, in units of d − 1.
         above_all: (run,): whether it is above that of every member.
-        error: root mean square distance of learned from true memories.
     """
 
     gap: NDArray[np.float64]
     above_all: NDArray[np.bool_]
-    error: float
 
 
-@partial(jax.jit, static_argnums=(1, 2, 3))
-def _learn(key: jax.Array, samples: int, dim: int, runs: int) -> jax.Array:
+@partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _learn(key: jax.Array, samples: int, dim: int, count: int, runs: int) -> jax.Array:
     true = cluster.memories(MODEL.members, dim, MODEL.cosine, dtype=jnp.float32)
 
     def one(key: jax.Array) -> jax.Array:
         draw, learn = jax.random.split(key)
         data = hopjax.sample_boltzmann(draw, true, MODEL.beta, (samples,))
-        return boltzmann.fit(learn, data, len(true), MODEL.beta, method=boltzmann.EM(150, 1e-4)).memories
+        return boltzmann.fit(learn, data, count, MODEL.beta, method=boltzmann.EM(150, 1e-4)).memories
 
     return lax.map(one, jax.random.split(key, runs))
 
 
 @partial(jax.jit, compiler_options=QUICK_COMPILE)
-def _sharpness(memories: jax.Array) -> jax.Array:
-    def one(memories: jax.Array) -> jax.Array:
-        points = jax.vmap(lambda x: hopjax.fixed_point(x, memories, MODEL.beta, method=hopjax.Picard(), max_steps=2000).state)(memories)
-        return jax.vmap(lambda x: hopjax.sharpness(x, memories, MODEL.beta))(points)
+def _sharpness(states: jax.Array, memories: jax.Array) -> jax.Array:
+    """At the fixed points of each run's memories that the states flow to."""
 
-    return jax.vmap(one)(memories)
+    def at(x: jax.Array, memories: jax.Array) -> jax.Array:
+        point = hopjax.fixed_point(x, memories, MODEL.beta, method=hopjax.Picard(), max_steps=2000).state
+        return hopjax.sharpness(point, memories, MODEL.beta)
+
+    return jax.vmap(jax.vmap(at, in_axes=(0, None)), in_axes=(None, 0))(states, memories)
 
 
-def survival(key: jax.Array, samples: int, dim: int, runs: int = RUNS) -> Survival:
-    """Learns the memories of so many runs and compares the sharpness of their fixed points."""
-    true = np.asarray(cluster.memories(MODEL.members, dim, MODEL.cosine))
-    found = np.stack([match(run, true) for run in np.asarray(_learn(key, samples, dim, runs), float)])
-    sharpness = np.asarray(_sharpness(jnp.asarray(found))) / (dim - 1)
+def survival(key: jax.Array, samples: int, dim: int, count: int = TRUE, runs: int = RUNS) -> Survival:
+    """Learns so many memories in each run and compares the sharpness where the true ones flow to."""
+    found = jnp.asarray(_learn(key, samples, dim, count, runs), float)
+    sharpness = np.asarray(_sharpness(cluster.memories(MODEL.members, dim, MODEL.cosine), found)) / (dim - 1)
     outlier, members = sharpness[:, -1], sharpness[:, :-1]
-    error = float(np.sqrt(np.mean(np.sum((found - true[None]) ** 2, axis=2))))
-    return Survival(outlier - members.mean(axis=1), outlier > members.max(axis=1), error)
+    return Survival(outlier - members.mean(axis=1), outlier > members.max(axis=1))
 
 
 def predicted_deviation(samples: int) -> float:
@@ -81,13 +81,19 @@ def predicted_deviation(samples: int) -> float:
 
 def _draw(series: Mapping[str, Mapping[str, Any]], figure: Any) -> None:
     (values,) = series.values()
-    axes = figure.subplots()
-    for (dim, line), colour in zip(values["dims"].items(), (CLUSTER, OUTLIER, OTHER, NEUTRAL), strict=False):
-        axes.errorbar(line["samples"], line["gap"], yerr=line["deviation"], fmt="o-", capsize=4, color=colour, label=f"d = {dim}")
-        axes.axhline(line["exact"], color=colour, linewidth=0.8, linestyle="--")
-    axes.axhline(0, color=NEUTRAL, linewidth=0.8)
-    axes.set(xscale="log", xlabel="samples", ylabel="(S_o − S_c)/(d − 1), learned", title="estimation noise")
-    axes.legend()
+    figure.set_size_inches(9, 3.8)
+    left, right = figure.subplots(1, 2, sharey=True)
+    for (dim, line), colour in zip(values["dims"].items(), (CLUSTER, OUTLIER), strict=True):
+        left.errorbar(line["samples"], line["gap"], yerr=line["deviation"], fmt="o-", capsize=4, color=colour, label=f"d = {dim}")
+        left.axhline(line["exact"], color=colour, linewidth=0.8, linestyle="--")
+    left.set(xscale="log", xlabel="samples", ylabel="(S_o − S_c)/(d − 1), learned", title="estimation noise")
+    left.legend()
+    for place, runs in enumerate(values["counts"].values()):
+        right.plot(place + np.linspace(-0.25, 0.25, len(runs)), sorted(runs), "o", markersize=3.5, color=CLUSTER)
+    right.axhline(values["dims"][str(DIMS[0])]["exact"], color=CLUSTER, linewidth=0.8, linestyle="--")
+    right.set(xticks=range(len(COUNTS)), xticklabels=values["counts"], xlabel="memories learned", title=f"each run, {SIZES[-1]:,} samples")
+    for axes in (left, right):
+        axes.axhline(0, color=NEUTRAL, linewidth=0.8)
 
 
 @claim(
@@ -95,15 +101,19 @@ def _draw(series: Mapping[str, Mapping[str, Any]], figure: Any) -> None:
     "Section 4.2, beyond the paper",
     "The outlier stays sharper than the mean cluster member in each run once samples tell norms apart, in any dimension.",
     draw=_draw,
-    caption=f"Difference of sharpness after maximum likelihood: mean over {RUNS} runs ± one standard deviation of a run; dashed: true "
-    "memories.",
+    caption=f"Difference of sharpness after maximum likelihood; dashed: true memories. Left: {TRUE} memories learned, as many as there "
+    f"are; mean over {RUNS} runs ± one standard deviation of a run. Right: fewer and more of them, every run, d = {DIMS[0]}.",
 )
 def learned_ordering(setting: Setting) -> Finding:
     measurements, notes = [], []
     dims: dict[str, dict[str, Any]] = {}
+
+    def key(dim: int, samples: int) -> jax.Array:
+        return jax.random.fold_in(setting.key("learned-ordering"), 1000 * dim + samples)
+
     for dim in DIMS:
         exact = float(gaps.sharpnesses(float(MODEL.members), MODEL.cosine, MODEL.beta, float(dim)).gap) / (dim - 1)
-        runs = [survival(jax.random.fold_in(setting.key("learned-ordering"), 1000 * dim + n), n, dim) for n in SIZES]
+        runs = [survival(key(dim, n), n, dim) for n in SIZES]
         deviations = [float(run.gap.std(ddof=1)) for run in runs]
         dims[str(dim)] = {"samples": SIZES, "gap": [float(run.gap.mean()) for run in runs], "deviation": deviations, "exact": exact}
         broken = int(np.sum(runs[-1].gap <= 0))
@@ -116,4 +126,8 @@ def learned_ordering(setting: Setting) -> Finding:
         needed = (5 * predicted_deviation(1) / exact) ** 2
         alive = ", ".join(f"{np.mean(run.above_all):.2f} at n = {n:,}" for n, run in zip(SIZES, runs, strict=True))
         notes.append(f"d = {dim}: five deviations take {needed:,.0f} samples; above every member in {alive}")
-    return Finding(measurements, {"dims": dims}, note=f"{'; '.join(notes)}.")
+        if dim == DIMS[0]:
+            counts = {count: survival(key(dim, SIZES[-1]), SIZES[-1], dim, count) if count != TRUE else runs[-1] for count in COUNTS}
+    alive = ", ".join(f"{np.mean(run.gap > 0):.2f} ({np.mean(run.above_all):.2f}) with {count}" for count, run in counts.items())
+    notes.append(f"share of runs in which it is above the mean member (every member), of memories learned: {alive}")
+    return Finding(measurements, {"dims": dims, "counts": {count: run.gap for count, run in counts.items()}}, note=f"{'; '.join(notes)}.")
