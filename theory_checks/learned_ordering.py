@@ -5,6 +5,9 @@ one of M unit memories is $I = \beta^2[\pi/\beta + \pi(1-\pi)]$ a sample, π = 1
 of outlier and mean member, in units of d − 1, then has the standard deviation $2\sqrt{(1 + 1/K)/(nI)}$: to see a difference Δ at z of
 them takes $n = 4z^2(1 + 1/K)/(I\Delta^2)$ samples. Errors across the memories, of squared size $d/(n\beta\pi)$, lower the cosines that
 are learned and with them the difference itself: a second condition, n ≫ d/βπ.
+
+With more memories than there are, learned ones share a true one. Weights are tied to norms, so that sharing shortens them: by 2β⁻¹ log 2
+of the squared norm for two equal halves, 17 % at β = 8, against the 3 to 5 % to be seen. The ordering is then a matter of which are shared.
 """
 
 from collections.abc import Mapping
