@@ -1,0 +1,412 @@
+"""Statistics against SciPy, brute force and closed forms; intervals against how often they cover; confounds that are known."""
+
+from math import factorial, pi
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy import stats
+
+from diffusion import statistics
+from diffusion.statistics import (
+    Bins,
+    Bootstrap,
+    across_seeds,
+    bin_edges,
+    bin_means,
+    bin_of,
+    confound,
+    departure,
+    groups,
+    rank_correlation,
+    reach,
+    reductions,
+    trend,
+)
+
+EPS = np.finfo(np.float64).eps
+columns = arrays(np.float64, st.integers(8, 40), elements=st.integers(-1000, 1000).map(lambda i: i / 8))
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def bins_of(values: Any, errors: Any, counts: Any = None) -> Bins:
+    values, errors = np.asarray(values, np.float64), np.asarray(errors, np.float64)
+    counts = np.full(len(values), 10) if counts is None else np.asarray(counts)
+    return Bins(np.arange(len(values) + 1.0), counts, values, errors, values - 2 * errors, values + 2 * errors)
+
+
+# Means
+
+
+def test_bootstrap_is_scipys_bca():
+    values = np.random.default_rng(0).exponential(size=20)
+    ours = Bootstrap(50_000)(values)
+    theirs = stats.bootstrap((values,), np.mean, n_resamples=50_000, method="BCa", rng=np.random.default_rng(1))
+    assert ours.value == pytest.approx(values.mean(), rel=4 * EPS)
+    assert ours.error == pytest.approx(stats.sem(values), rel=40 * EPS)
+    # A tail's quantile and twice the bias each add 2.6/√B of standard error, in both: four times their sum. BCa differs from
+    # percentiles by 0.4 standard errors here.
+    slack = 4 * 2**0.5 * 3.7 / 50_000**0.5 * ours.error
+    assert abs(ours.low - theirs.confidence_interval.low) < slack
+    assert abs(ours.high - theirs.confidence_interval.high) < slack
+
+
+@given(columns, st.integers(0, 2**32 - 1))
+def test_bootstrap_depends_on_the_numbers_alone(values, seed):
+    shuffled = np.random.default_rng(seed).permutation(values)
+    interval = Bootstrap(200)
+    found = interval(values)
+    assert found == interval(shuffled)
+    assert found.low <= found.value <= found.high or found.error > 0
+    moved = interval(2 * values + 64)  # exact in binary: only roundings of means differ
+    slack = 100 * EPS * (np.abs(values).max() + 64)
+    np.testing.assert_allclose(
+        moved[:4], [2 * found.value + 64, 2 * found.error, 2 * found.low + 64, 2 * found.high + 64], rtol=0, atol=slack
+    )
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1.0, 1e300])
+def test_bootstrap_of_any_scale(scale):
+    values = normal(0, 30)
+    np.testing.assert_allclose(np.array(Bootstrap(100)(scale * values)[:4]) / scale, Bootstrap(100)(values)[:4], rtol=1e-12)
+
+
+def test_bootstrap_holds_a_bounded_number_of_values(monkeypatch):
+    values = normal(0, 100)
+    whole = Bootstrap(500)(values)
+    monkeypatch.setattr(statistics, "_HELD", 1000)
+    assert Bootstrap(500)(values) == whole
+
+
+def test_of_equal_numbers_the_interval_is_that_number():
+    assert Bootstrap()(np.full(7, 0.1)) == (0.1, 0.0, 0.1, 0.1, "")
+    assert across_seeds(np.full(3, 0.5))[:4] == (0.5, 0.0, 0.5, 0.5)
+
+
+def test_bins_of_equal_counts():
+    energy = np.random.default_rng(0).permutation(103).astype(np.float32)
+    values = normal(1, 103)
+    found = bin_means(values, energy, 4, interval=Bootstrap(200))
+    order = np.argsort(energy)
+    assert np.ptp(found.counts) <= 1
+    assert found.counts.sum() == 103
+    for i, part in enumerate(np.split(values[order], found.counts.cumsum()[:-1])):
+        assert found.values[i] == pytest.approx(part.mean(), abs=10 * EPS)
+        assert found.errors[i] == pytest.approx(stats.sem(part), rel=40 * EPS)
+        assert (found.values[i], found.low[i], found.high[i]) == Bootstrap(200)(part)[:1] + Bootstrap(200)(part)[2:4]
+    sums = found.sums()
+    assert sums.values.sum() == pytest.approx(values.sum(), abs=1000 * EPS)
+    np.testing.assert_array_equal(sums.low, found.counts * found.low)
+    np.testing.assert_array_equal(sums.errors, found.counts * found.errors)
+
+
+@given(columns, st.integers(1, 6))
+def test_samples_between_their_edges(energy, bins):
+    if len(np.unique(energy)) < len(energy):
+        energy = energy + np.arange(len(energy)) * 1e-3
+    edges = bin_edges(energy, bins)
+    where = bin_of(energy, edges)
+    np.testing.assert_array_equal(where, bin_of(energy, bins))
+    assert ((edges[where] <= energy) & ((energy < edges[where + 1]) | (where == bins - 1))).all()
+
+
+def test_reductions_are_paired_and_grouped():
+    energy = np.arange(100.0)
+    hard = 100 * normal(0, 100)  # common to both: it would drown an unpaired comparison
+    other, policy = hard + energy, hard + 0.5 * energy
+    found = reductions(other, policy, energy, fraction=0.1)
+    assert {name: group.sum() for name, group in groups(energy, 0.1).items()} == {"low": 10, "high": 10, "all": 100}
+    for name, samples in (("low", energy[:10]), ("high", energy[-10:]), ("all", energy)):
+        assert found[name].value == pytest.approx(samples.mean() / 2, abs=1e-12)
+        assert found[name].error == pytest.approx(stats.sem(samples) / 2, rel=1e-11)
+    assert found["high"].sign == 1
+    assert reductions(policy, other, energy, fraction=0.1)["high"].sign == -1
+
+
+def test_seeds_get_students_interval():
+    values = np.array([1.0, 2.0, 4.0])
+    found = across_seeds(values, level=0.9)
+    assert (found.low, found.high) == pytest.approx(stats.t.interval(0.9, 2, values.mean(), stats.sem(values)), rel=1e-12)
+
+
+# Order
+
+
+@pytest.mark.parametrize("levels", [None, 4], ids=["distinct", "ties"])
+def test_rank_correlation_is_scipys(levels):
+    x, y = normal(0, 2, 50) + 0.5 * normal(1, 50)
+    if levels:
+        x, y = np.round(x), np.round(levels * y) / levels
+    assert rank_correlation(x, y).value == pytest.approx(stats.spearmanr(x, y).statistic, abs=20 * EPS)
+
+
+def partial_of_weights(samples: np.ndarray, weights: np.ndarray) -> float:
+    """The partial rank correlation as a function of how much each sample weighs, by all pairs and by the inverse of a matrix."""
+    above = (samples[:, :, None] > samples[:, None, :]) + 0.5 * (samples[:, :, None] == samples[:, None, :])
+    ranks = above @ weights - 0.5
+    inverse = np.linalg.inv(np.einsum("in,n,jn->ij", ranks, weights, ranks))
+    return -inverse[0, 1] / np.sqrt(inverse[0, 0] * inverse[1, 1])
+
+
+@pytest.mark.parametrize("given_columns", [0, 1, 2])
+@pytest.mark.parametrize("ties", [False, True])
+def test_rank_correlation_and_its_error_are_those_of_all_pairs(given_columns, ties):
+    count = 40
+    samples = normal(0, 2 + given_columns, count) + normal(1, count)
+    if ties:
+        samples = np.round(samples)
+    found = rank_correlation(samples[0], samples[1], list(samples[2:]))
+    even, step = np.full(count, 1 / count), 1e-5
+    influence = []
+    for i in range(count):
+        towards = np.eye(count)[i] - even
+        influence.append(
+            (partial_of_weights(samples, even + step * towards) - partial_of_weights(samples, even - step * towards)) / (2 * step)
+        )
+    error = np.sqrt(np.mean(np.square(influence)) / (count - 3 - given_columns))
+    value = partial_of_weights(samples, even)
+    assert found.value == pytest.approx(value, abs=1e-13)
+    assert found.error == pytest.approx(error, rel=1e-7)  # the step's square and eps over the step
+    reach = stats.norm.ppf(0.975) * error / (1 - value**2)
+    assert (found.low, found.high) == pytest.approx(np.tanh(np.arctanh(value) + np.array([-reach, reach])), rel=1e-6)
+
+
+@pytest.mark.parametrize("r", [0.0, 0.5, 0.8])
+def test_error_of_a_normal_copula_is_bonett_and_wrights(r):
+    x, noise = normal(0, 2, 20_000)
+    found = rank_correlation(x, r * x + (1 - r**2) ** 0.5 * noise)
+    z_error = found.error / (1 - found.value**2)
+    assert z_error == pytest.approx(((1 + found.value**2 / 2) / (20_000 - 3)) ** 0.5, rel=0.05)  # theirs is a fit
+
+
+@given(columns, st.integers(0, 2**32 - 1))
+def test_rank_correlation_knows_order_alone(first, seed):
+    rng = np.random.default_rng(seed)
+    second, third = rng.integers(0, 12, (2, len(first))).astype(np.float64)
+    second = second + first / 100
+    found = rank_correlation(first, second, [third])
+    order = rng.permutation(len(first))
+    for same in (
+        rank_correlation(first[order], second[order], [third[order]]),
+        rank_correlation(np.exp(first / 200), second**3, [third - 7]),
+        rank_correlation(second, first, [third]),
+        rank_correlation(first, second, [-third]),
+    ):
+        np.testing.assert_allclose(same[:4], found[:4], rtol=0, atol=1e-8)
+    turned = rank_correlation(-first, second, [third])
+    np.testing.assert_allclose([turned.value, turned.low, turned.high], [-found.value, -found.high, -found.low], rtol=0, atol=1e-8)
+    assert -1 <= found.low <= found.value <= found.high <= 1
+    assert np.isfinite(found[:4]).all()
+
+
+def test_what_has_no_order_says_so():
+    x, y = normal(0, 2, 20)
+    for found, why in (
+        (rank_correlation(np.ones(20), y), "first column is constant"),
+        (rank_correlation(x, np.ones(20)), "second column is constant"),
+        (rank_correlation(x, y, [y**3]), "second column follows from the given"),
+    ):
+        assert found[:4] == (0.0, 1.0, -1.0, 1.0)
+        assert why in found.note
+        assert found.sign == 0
+    assert rank_correlation(x, x**3)[:4] == (1.0, 0.0, 1.0, 1.0)
+    assert "every pair" in rank_correlation(x, -x).note
+
+
+def test_given_columns_that_say_nothing_change_nothing():
+    x, y, z = normal(0, 3, 30)
+    plain, same = rank_correlation(x, y, [z]), rank_correlation(x, y, [z, z**3, np.ones(30)])
+    assert same.value == pytest.approx(plain.value, abs=1e-12)
+    assert same.error == pytest.approx(plain.error * (26 / 24) ** 0.5, rel=1e-10)
+
+
+def test_difficulty_that_makes_the_correlation_is_taken_away():
+    difficulty, *noise = normal(0, 6, 4000)
+    energy, complexity = difficulty + 0.5 * noise[0], difficulty + 0.2 * noise[1]
+    before, control = difficulty + 0.1 * noise[2], difficulty + 0.05 * noise[3]
+    found = confound(energy, before, before + 0.5 * difficulty + 0.3 * noise[4], control, [complexity])
+    assert found.after.low > 0.8
+    assert found.difficulty.low > 0.8
+    assert found.rise.low > 0.7
+    assert found.partial.low < 0.05
+    assert found.partial.high > -0.05
+    assert found.partial.value < found.rise.value / 10
+    real = confound(energy, before, before + 0.5 * difficulty + 0.3 * noise[4] + 0.5 * noise[0], control, [complexity])
+    assert real.partial.low > 0.3
+
+
+def test_noise_shared_with_the_control_makes_a_correlation_from_nothing():
+    difficulty, first, second, own = normal(0, 4, 4000)
+    before, after = difficulty + 0.5 * first, difficulty + 0.5 * second  # nothing is forgotten
+    assert rank_correlation(difficulty, after - before, [before]).low > 0.4
+    found = confound(difficulty, before, after, difficulty + 0.5 * own)
+    assert found.partial.sign == found.rise.sign == 0
+    assert found.after.sign == 1
+    with pytest.raises(ValueError, match="control holds the same errors as before"):
+        confound(difficulty, before, after, before)
+
+
+def test_departure_is_the_test_of_order_restrictions():
+    values, errors = np.array([0.0, 2.0, 1.0, 3.0]), np.ones(4)
+    found = departure(bins_of(values, errors), draws=4000)
+    np.testing.assert_allclose(found.fit, [0, 1.5, 1.5, 3], atol=1e-12)
+    assert found.share == pytest.approx(0.5 / 5, rel=1e-12)
+    # Of k equal means the fit has l levels with probability |s(k, l)|/k!; what it leaves is then χ² with k − l degrees of freedom.
+    stirling = {1: 6, 2: 11, 3: 6}  # and 1: the fit is the means themselves
+    p = sum(ways / factorial(4) * stats.chi2.sf(0.5, 4 - levels) for levels, ways in stirling.items())
+    assert abs(found.p_value - p) < 4 * (p * (1 - p) / 4000) ** 0.5
+
+
+def test_departure_weighs_by_errors():
+    found = departure(bins_of([1.0, 0.0], [1.0, 2.0]))
+    np.testing.assert_allclose(found.fit, [0.8, 0.8], rtol=1e-12)
+    assert found.share == pytest.approx(1)
+    assert found.p_value == pytest.approx(stats.norm.sf(1 / 5**0.5), abs=4 * 0.5 / 2000**0.5)
+    assert departure(bins_of([0.0, 0.0, 0.0], [0.0, 0.0, 0.0]))[1:] == (0.0, 1.0)
+    assert departure(bins_of([0.1, 0.1 + EPS / 8, 0.1], [0.0, 0.0, 0.0])).share == 0.0
+    assert departure(bins_of(np.arange(9.0), np.full(9, 0.1)))[1:] == (0.0, 1.0)
+    assert departure(bins_of(np.arange(9.0)[::-1], np.full(9, 0.1)), draws=99)[1:] == (pytest.approx(1.0), 0.01)
+
+
+def test_trend_over_bins():
+    energy, noise = normal(0, 2, 2000)
+    assert trend(0.3 * energy + noise, energy).sign == 1
+    assert trend(-0.3 * energy + noise, energy).sign == -1
+    where = bin_of(energy, 20)
+    assert trend(energy + noise, energy).value == pytest.approx(stats.spearmanr(where, energy + noise).statistic, abs=1e-13)
+
+
+@given(st.integers(1, 30), st.integers(1, 30), st.floats(0.1, 1e100))
+def test_reach_counts_the_bins_that_share(reached, more, size):
+    found = reach(bins_of([size] * reached + [0.0] * more, np.ones(reached + more), [2] * reached + [1] * more))
+    assert found.bins == pytest.approx(reached, rel=1e-12)
+    assert found.peak == size
+    assert found.mean == pytest.approx(size * 2 * reached / (2 * reached + more), rel=1e-12)
+
+
+def test_reach_of_what_saves_nothing():
+    assert reach(bins_of([-1.0, 0.0], [1.0, 1.0])) == (-0.5, 0.0, 0.0)
+    assert reach(bins_of([3.0, 1.0, -2.0], [1.0] * 3)).bins == pytest.approx(16 / 10)
+
+
+# How often intervals cover
+
+
+def spearman_of(r: Any) -> Any:
+    """Of normal columns with correlation r."""
+    return 6 / pi * np.arcsin(np.asarray(r) / 2)
+
+
+def of_normals(rng: np.random.Generator, count: int) -> tuple[float, Any]:
+    x, noise = rng.normal(size=(2, count))
+    return float(spearman_of(0.6)), rank_correlation(x, 0.6 * x + 0.8 * noise)
+
+
+def of_spreads(rng: np.random.Generator, count: int) -> tuple[float, Any]:
+    x, noise = rng.normal(size=(2, count))
+    return 0.0, rank_correlation(x, x * noise)
+
+
+def of_partials(rng: np.random.Generator, count: int) -> tuple[float, Any]:
+    x, y, z = rng.normal(size=(3, count))
+    matrix = np.array([[1, 0.5 + 0.3 / 2, 0.5**0.5], [0.5 + 0.3 / 2, 1, 0.5**0.5], [0.5**0.5, 0.5**0.5, 1]])
+    x, y, z = np.linalg.cholesky(matrix) @ np.array([x, y, z])
+    inverse = np.linalg.inv(spearman_of(matrix))
+    return float(-inverse[0, 1] / np.sqrt(inverse[0, 0] * inverse[1, 1])), rank_correlation(x, y, [z])
+
+
+def of_ties(rng: np.random.Generator, count: int) -> tuple[float, Any]:
+    """Of a fair coin and another that agrees with it in 7 of 10 cases: both correlations are 2 · 0.7 − 1."""
+    x, agrees = rng.random((2, count)) < np.array([[0.5], [0.7]])
+    return 0.4, rank_correlation(x.astype(np.float64), (x == agrees).astype(np.float64))
+
+
+def of_means(rng: np.random.Generator, count: int) -> tuple[float, Any]:
+    return 1.0, Bootstrap(500, seed=int(rng.integers(2**31)))(rng.exponential(size=count))
+
+
+def of_seeds(rng: np.random.Generator, count: int) -> tuple[float, Any]:
+    return 0.0, across_seeds(rng.normal(size=3))
+
+
+SITUATIONS = [of_normals, of_spreads, of_partials, of_ties, of_means, of_seeds]
+
+
+def covered(situation: Any, simulations: int, count: int) -> int:
+    rng = np.random.default_rng(count)
+    found = [situation(rng, count) for _ in range(simulations)]
+    return sum(estimate.low <= truth <= estimate.high for truth, estimate in found)
+
+
+def check_coverage(situation: Any, simulations: int, count: int, least: float, most: float) -> None:
+    found = covered(situation, simulations, count)
+    low, high = stats.binom.ppf(1e-4, simulations, least), stats.binom.isf(1e-4, simulations, most)
+    assert low <= found <= high, f"{found} of {simulations}"
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_coverage(situation):
+    check_coverage(situation, 200, 60, 0.92, 0.96)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("situation", SITUATIONS)
+@pytest.mark.parametrize(("count", "least"), [(50, 0.92), (200, 0.935), (1000, 0.945)])
+def test_coverage_closely(situation, count, least):
+    check_coverage(situation, 2000, count, least, 0.96)
+
+
+@pytest.mark.slow
+def test_the_textbooks_interval_does_not_cover_where_spread_depends():
+    rng = np.random.default_rng(0)
+    values = np.array([of_spreads(rng, 200)[1].value for _ in range(2000)])
+    outside = np.abs(np.arctanh(values)) > stats.norm.ppf(0.975) * np.sqrt((1 + values**2 / 2) / 197)
+    assert outside.mean() > 0.1
+
+
+@pytest.mark.slow
+def test_departure_finds_too_much_no_more_often_than_it_says():
+    rng = np.random.default_rng(0)
+    found = [departure(bins_of(rng.normal(size=8), np.ones(8)), draws=199).p_value <= 0.05 for _ in range(400)]
+    assert stats.binom.ppf(1e-4, 400, 0.05) <= sum(found) <= stats.binom.isf(1e-4, 400, 0.05)
+
+
+# Bad input
+
+ten = np.arange(10.0)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Bootstrap(10), "resamples=10 .* use at least 40"),
+        (lambda: Bootstrap(level=1.0), "level=1.0 .* between 0 and 1"),
+        (lambda: Bootstrap()(np.ones(1)), r"values has shape \(1,\): need .* at least 2"),
+        (lambda: Bootstrap()(np.array([1.0, np.nan])), "values of sample 1 is nan, not finite: leave"),
+        (lambda: bin_edges(ten, 0), "bins=0: use at least one"),
+        (lambda: bin_edges(np.ones(10), 2), "energy takes 1 values, ties too many for 2 bins .* use fewer"),
+        (lambda: bin_of(ten, np.array([0.0, 9.0, 5.0])), "edges are .* increase"),
+        (lambda: bin_of(ten, np.array([0.0, 5.0])), r"energies lie in \[0, 9\], edges in \[0, 5\]: widen"),
+        (lambda: bin_means(ten, ten, 6), "bin 1 holds 1 samples.* fewer or wider"),
+        (lambda: bin_means(ten, ten[:9], 2), "energy has 9 samples, values has 10: give both"),
+        (lambda: groups(ten, 0.6), "fraction=0.6 .* at most 0.5"),
+        (lambda: groups(np.ones(10)), "share the value 1: use a smaller"),
+        (lambda: across_seeds(np.ones(1)), r"values has shape \(1,\)"),
+        (lambda: across_seeds(np.ones(3), level=0.0), "level=0.0"),
+        (lambda: rank_correlation(ten[:5], ten[:5], [ten[:5]]), r"first has shape \(5,\): need .* at least 6"),
+        (lambda: rank_correlation(ten, ten, [ten[:9]]), r"given\[0\] has 9 samples, first has 10"),
+        (lambda: rank_correlation(ten, ten, level=2.0), "level=2.0"),
+        (lambda: rank_correlation(ten, np.full(10, np.inf)), "second of sample 0 is inf"),
+    ],
+)
+def test_bad_input_is_one_clear_line(call, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)
