@@ -7,7 +7,7 @@ The protocol knows nothing of networks: a `Learner` learns tasks and reconstruct
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int64
@@ -29,6 +29,7 @@ POLICIES = (NONE, *BUFFERS, *CONTROLS)
 Model = TypeVar("Model")
 
 
+@runtime_checkable
 class Learner(Protocol[Model]):
     """What can be taught tasks, one after another, and asked for reconstructions."""
 
