@@ -186,7 +186,7 @@ def clean_log_density(
 
     Raises: ValueError for a timestep that is not before the schedule's last.
     """
-    alpha, _ = schedule.alpha_sigma_float64(np.array(begin_at(schedule, timestep)))
+    (alpha,), _ = schedule.alpha_sigma_float64(np.array([begin_at(schedule, timestep)]))
     states = jnp.asarray(alpha, clean.dtype) * clean
     found = log_density(epsilon, states, schedule, keys, start=timestep)
     return found._replace(values=found.values + math.prod(clean.shape[1:]) * math.log(alpha))
@@ -202,7 +202,7 @@ def intrinsic_forgetting(before: Draws, after: Draws, schedule: Schedule, *, tim
     """
     if before.values.shape != after.values.shape:
         raise ValueError(f"need the same images and draws before and after, got shapes {before.values.shape} and {after.values.shape}")
-    alpha, sigma = schedule.alpha_sigma_float64(np.array(begin_at(schedule, timestep)))
+    (alpha,), (sigma,) = schedule.alpha_sigma_float64(np.array([begin_at(schedule, timestep)]))
     return Draws(float((sigma / alpha) ** 2) * (before.values - after.values), before.evaluations + after.evaluations)
 
 
