@@ -16,6 +16,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key, Real
 
+from diffusion import backend
+
 Model = TypeVar("Model", bound=nnx.Module)
 
 
@@ -69,6 +71,7 @@ def conv(
         dtype=dtype,
         kernel_init=init,
         bias_init=init,
+        conv_general_dilated=backend.convolve,
         rngs=rngs,
     )
 
@@ -104,14 +107,10 @@ class GroupNorm(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
-        """The mean of squares of the centred values, not E[x²] − E[x]²: it keeps its digits when the mean is large."""
-        n, h, w, c = x.shape
-        x = x.astype(at_least_float32(x.dtype)).reshape(n, h, w, self.groups, c // self.groups)
-        centred = x - jnp.mean(x, axis=(1, 2, 4), keepdims=True)
-        variance = jnp.mean(jnp.square(centred), axis=(1, 2, 4), keepdims=True)
-        normal = (centred * jax.lax.rsqrt(variance + self.eps)).reshape(n, h, w, c)
-        scale, bias = (p[...].astype(x.dtype)[None, None, None] for p in (self.scale, self.bias))
-        return (normal * scale + bias).astype(self.dtype)
+        """In float32 at least; see `diffusion.backend.normalise`."""
+        x = x.astype(at_least_float32(x.dtype))
+        scale, bias = (p[...].astype(x.dtype) for p in (self.scale, self.bias))
+        return backend.normalise(x, scale, bias, groups=self.groups, eps=self.eps).astype(self.dtype)
 
 
 def timestep_features(
@@ -271,4 +270,6 @@ class Upsample(nnx.Module):
 
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n 2*h 2*w c"]:
         """Twice the size."""
-        return self.conv(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))
+        assert self.conv.bias is not None
+        kernel, bias = (p[...].astype(x.dtype) for p in (self.conv.kernel, self.conv.bias))
+        return backend.convolve_doubled(x, kernel) + bias[None, None, None]

@@ -1,0 +1,103 @@
+"""What a CPU computes in another way: the same functions as the plain formulations, and the same derivatives of every kind."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion import backend
+
+PAIRS = {
+    "normalise": (
+        lambda x, scale, bias: backend._normalise_by_channel(x, scale, bias, 3, 1e-5),
+        lambda x, scale, bias: backend._normalise(x, scale, bias, 3, 1e-5),
+        ((2, 5, 4, 6), (6,), (6,)),
+    ),
+    "convolve": (backend._convolve, backend._plain, ((2, 5, 4, 3), (3, 3, 3, 2))),
+    "convolve_doubled": (backend._convolve_phases, backend._convolve_repeated, ((2, 3, 4, 3), (3, 3, 3, 2))),
+}
+
+
+def draws(key, shapes):
+    return [jax.random.normal(k, shape) for k, shape in zip(jax.random.split(key, len(shapes)), shapes, strict=True)]
+
+
+def forward(function, primals, tangents, _):
+    return jax.jvp(function, primals, tangents)
+
+
+def forward_in_the_image(function, primals, tangents, _):
+    return jax.jvp(lambda x: function(x, *primals[1:]), primals[:1], tangents[:1])
+
+
+def backward(function, primals, _, key):
+    out, pull = jax.vjp(function, *primals)
+    return pull(jax.random.normal(key, out.shape))
+
+
+def second(function, primals, tangents, _):
+    """The derivative of a gradient, of a loss with curvature of its own."""
+    return jax.jvp(jax.grad(lambda *a: jnp.sum(jnp.sin(function(*a))), argnums=tuple(range(len(primals)))), primals, tangents)[1]
+
+
+def batched(function, primals, tangents, key):
+    stacked = [jnp.stack(pair) for pair in zip(primals, tangents, strict=True)]
+    return jax.vmap(lambda *a: backward(function, a, None, key))(*stacked)
+
+
+@pytest.mark.parametrize("derivative", [forward, forward_in_the_image, backward, second, batched])
+@pytest.mark.parametrize("name", PAIRS)
+def test_both_formulations_have_the_same_derivatives(name, derivative, key):
+    cpu, plain, shapes = PAIRS[name]
+    one, two, three = jax.random.split(key, 3)
+    primals, tangents = draws(one, shapes), draws(two, shapes)
+    found, expected = (jax.jit(lambda p, t, f=f: derivative(f, p, t, three))(tuple(primals), tuple(tangents)) for f in (cpu, plain))
+    for a, b in zip(found, expected, strict=True):
+        # Fewer than 200 products of numbers of order one in a sum, differentiated twice at most.
+        np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11 * float(jnp.max(jnp.abs(b))))
+
+
+def test_a_cpu_sums_an_image_over_space_once_for_scale_and_group(key):
+    """The derivative in the image and in scale and bias takes two sums over images of this size, beside two of the statistics."""
+    x, scale, bias = draws(key, ((2, 5, 4, 6), (6,), (6,)))
+    pull = jax.make_jaxpr(jax.grad(lambda *a: jnp.sum(jnp.sin(backend._normalise_by_channel(*a, 3, 1e-5))), argnums=(0, 1, 2)))(
+        x, scale, bias
+    )
+    sums = [e for e in pull.eqns if e.primitive.name == "reduce_sum" and e.invars[0].aval.shape == x.shape and e.outvars[0].aval.shape]
+    assert len(sums) == 4
+
+
+def test_options_are_for_cpus_that_know_them(monkeypatch):
+    backend.compiler_options.cache_clear()
+    known = backend.compiler_options()
+    assert known is not None
+    assert jax.jit(lambda x: x + 1, compiler_options=known)(1) == 2
+    monkeypatch.setattr(backend, "_CPU_OPTIONS", {"xla_cpu_no_such_option": "1"})
+    backend.compiler_options.cache_clear()
+    assert backend.compiler_options() is None
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(backend, "_CPU_OPTIONS", known)
+    backend.compiler_options.cache_clear()
+    assert backend.compiler_options() is None
+    backend.compiler_options.cache_clear()
+
+
+def test_accelerators_get_the_plain_formulations(monkeypatch, key):
+    x, kernel = draws(key, ((2, 4, 4, 3), (3, 3, 3, 2)))
+
+    def programs():
+        return [
+            str(jax.make_jaxpr(f)(*a))
+            for f, a in (
+                (lambda x: backend.normalise(x, jnp.ones(3), jnp.zeros(3), groups=1, eps=1e-5), (x,)),
+                (backend.convolve_doubled, (x, kernel)),
+                (lambda x, k: backend.convolve(x, k, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")), (x, kernel)),
+            )
+        ]
+
+    here = programs()
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    there = programs()
+    assert all("custom_jvp" in one for one in (here[0], here[2]))
+    assert (here[1].count("conv_general_dilated["), there[1].count("conv_general_dilated[")) == (4, 1)
+    assert not any("custom_jvp" in one for one in there)
