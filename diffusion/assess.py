@@ -3,6 +3,9 @@
 Image i depends on the key and i alone: two models asked with equal keys see the same random numbers.
 """
 
+import abc
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,14 +14,14 @@ from flax import nnx
 from jaxtyping import Array, Float32, Key, Shaped, UInt8
 
 from diffusion.likelihood import Draws, InBatches, LogDensity, bits_per_dimension, clean_log_density, intrinsic_forgetting
+from diffusion.objective import Denoising
 from diffusion.pipeline import Pipeline
 from diffusion.pixels import to_model
 from diffusion.reconstruct import reconstruction_errors
 from diffusion.samplers import Network, noise_function
+from diffusion.schedules import Schedule
 
 Progress = Callable[[int, int], None] | None
-# What is measured of a batch of images as files hold them, by a noise function.
-Measure = Callable[[Network, Shaped[Array, "n h w c"], Key[Array, " n"]], Draws]
 
 
 def to_8_bits(pixels: UInt8[np.ndarray, "*shape"] | Float32[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
@@ -26,56 +29,79 @@ def to_8_bits(pixels: UInt8[np.ndarray, "*shape"] | Float32[np.ndarray, "*shape"
     return pixels if pixels.dtype == np.uint8 else np.rint(255 * pixels).astype(np.uint8)
 
 
-def _program(model: Pipeline, measure: Measure, batch: int) -> InBatches[Any]:
-    """One compiled program for all models that differ from this one in their parameters alone."""
-    graphdef = nnx.graphdef(model.unet)
-    schedule, prediction = model.objective.schedule, model.objective.prediction
+@dataclasses.dataclass(frozen=True)
+class Measure(abc.ABC):
+    """What is measured of a batch of images; equal ones share a compiled program."""
+
+    @abc.abstractmethod
+    def __call__(self, epsilon: Network, images: Shaped[Array, "n h w c"], keys: Key[Array, " n"], schedule: Schedule) -> Draws:
+        """Of images as files hold them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bits(Measure):
+    """Bits per dimension of 8-bit images (see `bits_per_dimension`)."""
+
+    log_density: LogDensity
+    draws: int = 2
+    timestep: int | float = 0
+
+    def __call__(self, epsilon: Network, images: Shaped[Array, "n h w c"], keys: Key[Array, " n"], schedule: Schedule) -> Draws:
+        """Of bytes."""
+        return bits_per_dimension(self.log_density, epsilon, images, schedule, keys, timestep=self.timestep, draws=self.draws)
+
+
+@dataclasses.dataclass(frozen=True)
+class CleanDensity(Measure):
+    """log of the density of clean images at a timestep (see `clean_log_density`)."""
+
+    log_density: LogDensity
+    timestep: int | float
+
+    def __call__(self, epsilon: Network, images: Shaped[Array, "n h w c"], keys: Key[Array, " n"], schedule: Schedule) -> Draws:
+        """Of bytes, or numbers from 0 to 1."""
+        return clean_log_density(self.log_density, epsilon, to_model(images), schedule, keys, timestep=self.timestep)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reconstruction(Measure):
+    """Errors of reconstruction from a timestep, squared pixels from −1 to 1 (see `reconstruction_errors`)."""
+
+    timestep: int
+    draws: int = 2
+
+    def __call__(self, epsilon: Network, images: Shaped[Array, "n h w c"], keys: Key[Array, " n"], schedule: Schedule) -> Draws:
+        """Of bytes, or numbers from 0 to 1."""
+        return reconstruction_errors(epsilon, to_model(images), schedule, keys, timestep=self.timestep, draws=self.draws)
+
+
+@functools.lru_cache
+def _program(graphdef: Any, objective: Denoising, measure: Measure, batch: int) -> InBatches[Any]:
+    """One for all models that differ in their parameters alone."""
 
     def of_batch(params: Any, images: Shaped[Array, "n h w c"], keys: Key[Array, " n"]) -> Draws:
-        return measure(noise_function(nnx.merge(graphdef, params), schedule, prediction), images, keys)
+        epsilon = noise_function(nnx.merge(graphdef, params), objective.schedule, objective.prediction)
+        return measure(epsilon, images, keys, objective.schedule)
 
     return InBatches(of_batch, batch)
 
 
-def _params(model: Pipeline) -> Any:
-    return nnx.state(model.unet, nnx.Param)
-
-
-def bits(
-    model: Pipeline,
-    pixels: UInt8[np.ndarray, "n h w c"],
-    log_density: LogDensity,
-    *,
-    key: Key[Array, ""],
-    draws: int = 2,
-    timestep: int | float = 0,
-    batch: int = 32,
-    progress: Progress = None,
-) -> Draws:
-    """Bits per dimension of 8-bit images (see `bits_per_dimension`)."""
-
-    def measure(epsilon: Network, images: Shaped[Array, "n h w c"], keys: Key[Array, " n"]) -> Draws:
-        return bits_per_dimension(log_density, epsilon, images, model.objective.schedule, keys, timestep=timestep, draws=draws)
-
-    return _program(model, measure, min(batch, len(pixels)))(_params(model), pixels, key=key, progress=progress)
-
-
-def reconstructions(
+def assess(
     model: Pipeline,
     pixels: UInt8[np.ndarray, "n h w c"] | Float32[np.ndarray, "n h w c"],
+    measure: Measure,
     *,
-    timestep: int,
     key: Key[Array, ""],
-    draws: int = 2,
     batch: int = 32,
     progress: Progress = None,
 ) -> Draws:
-    """Errors of reconstruction from a timestep, squared pixels from −1 to 1 (see `reconstruction_errors`)."""
+    """A measure of all images, batch by batch through one program.
 
-    def measure(epsilon: Network, images: Shaped[Array, "n h w c"], keys: Key[Array, " n"]) -> Draws:
-        return reconstruction_errors(epsilon, to_model(images), model.objective.schedule, keys, timestep=timestep, draws=draws)
-
-    return _program(model, measure, min(batch, len(pixels)))(_params(model), pixels, key=key, progress=progress)
+    Args:
+        progress: told after each batch how many images are done, of how many.
+    """
+    graphdef, params = nnx.split(model.unet, nnx.Param)
+    return _program(graphdef, model.objective, measure, min(batch, len(pixels)))(params, pixels, key=key, progress=progress)
 
 
 def forgetting(
@@ -95,14 +121,9 @@ def forgetting(
     """
     if nnx.graphdef(before.unet) != nnx.graphdef(after.unet) or before.objective != after.objective:
         raise ValueError("the two models differ in more than their parameters: their densities are of different noise")
-    schedule, count = before.objective.schedule, len(pixels)
-
-    def measure(epsilon: Network, images: Shaped[Array, "n h w c"], keys: Key[Array, " n"]) -> Draws:
-        return clean_log_density(log_density, epsilon, to_model(images), schedule, keys, timestep=timestep)
-
-    program = _program(before, measure, min(batch, count))
+    measure, count = CleanDensity(log_density, timestep), len(pixels)
     found = []
     for i, model in enumerate((before, after)):
         told = None if progress is None else lambda done, _, i=i: progress(i * count + done, 2 * count)
-        found.append(program(_params(model), pixels, key=key, progress=told))
-    return intrinsic_forgetting(found[0], found[1], schedule, timestep=timestep)
+        found.append(assess(model, pixels, measure, key=key, batch=batch, progress=told))
+    return intrinsic_forgetting(found[0], found[1], before.objective.schedule, timestep=timestep)

@@ -92,9 +92,9 @@ class Stage(NamedTuple):
 class Measured(NamedTuple):
     """An experiment's samples: a row for each measured sample and seed.
 
-    Columns: seed, index (in the data), label, energy, odds (orders like the energy, and keeps its digits), sharpness, rise (predicted),
-    png_bytes and total_variation (of the image), and for each timestep t: before@t and control@t (errors before Task 2, from
-    independent noise), and POLICY@t (after it, from the noise of before@t).
+    Columns: seed, place (in Task 1), index (in the data), label, energy, odds (falls as the energy rises, and keeps its digits),
+    sharpness, rise (predicted), png_bytes and total_variation (of the image), and for each timestep t: before@t and control@t (errors
+    before Task 2, from independent noise), and POLICY@t (after it, from the noise of before@t).
     """
 
     table: Table
@@ -185,7 +185,7 @@ class Experiment(Generic[Model]):
         rows = self.measured_rows()
         images = self.task1.take(rows)
         surveyed, odds = self.survey.table, self._odds()
-        shared: dict[str, np.ndarray] = {"index": surveyed["index"][rows]}
+        shared: dict[str, np.ndarray] = {"place": rows, "index": surveyed["index"][rows]}
         if "label" in surveyed:
             shared["label"] = surveyed["label"][rows]
         shared |= {name: surveyed[name][rows].astype(np.float64) for name in ("energy", "sharpness", "rise")}

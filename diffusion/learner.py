@@ -1,5 +1,6 @@
 """A U-Net as a learner of the continual-learning protocol: each task is a run in a folder, each model a diffusers pipeline in it."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int64
 
-from diffusion.assess import reconstructions
+from diffusion.assess import Reconstruction, assess
 from diffusion.pipeline import Pipeline, read_pipeline
 from diffusion.run import MODEL, Rhythm, Task, completed, run
 from diffusion.settings import Settings
@@ -16,8 +17,12 @@ from diffusion.train import Record
 from hopjax.data import Images
 
 
-class Stopped(Exception):
+class Unfinished(Exception):
     """A run was asked to stop before its end; the same call goes on from there."""
+
+
+def _unwatched(name: str, settings: Settings) -> contextlib.AbstractContextManager[Callable[[int, Record | None], None]]:
+    return contextlib.nullcontext(lambda *_: None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +35,7 @@ class UNetLearner:
         later: of each later one, which starts from the averaged parameters of the one before.
         rhythm: of all runs.
         batch: images reconstructed at once.
-        watch: makes, from a run's name and settings, what `run` tells how many steps are done.
+        watch: for the time of a run, of which it gets name and settings, gives what is told how many steps are done.
         stop: asked after each step.
     """
 
@@ -39,8 +44,7 @@ class UNetLearner:
     later: Settings
     rhythm: Rhythm = Rhythm(sample_every=0)
     batch: int = 50
-    say: Callable[[str], None] = lambda _: None
-    watch: Callable[[str, Settings], Callable[[int, Record | None], None]] = lambda *_: lambda *_: None
+    watch: Callable[[str, Settings], contextlib.AbstractContextManager[Callable[[int, Record | None], None]]] = _unwatched
     stop: Callable[[], bool] = lambda: False
 
     def learn(
@@ -55,7 +59,7 @@ class UNetLearner:
     ) -> Pipeline:
         """The model at the end of a run.
 
-        Raises: Stopped; RunError as `run`.
+        Raises: Unfinished; RunError as `run`.
         """
         chosen = self.first if start is None else self.later
         settings = dataclasses.replace(chosen, length=dataclasses.replace(chosen.length, seed=seed))
@@ -63,9 +67,10 @@ class UNetLearner:
         folder = self.folder / name
         found = completed(folder, task, settings)
         if found is None:
-            step = run(folder, task, settings, self.rhythm, say=self.say, watch=self.watch(name, settings), stop=self.stop).step
+            with self.watch(name, settings) as watch:
+                step = run(folder, task, settings, self.rhythm, watch=watch, stop=self.stop).step
             if step < settings.length.steps:
-                raise Stopped(f"saved step {step:,} of {settings.length.steps:,} in {folder}")
+                raise Unfinished(f"saved step {step:,} of {settings.length.steps:,} in {folder}")
             found = read_pipeline(folder / MODEL)
         return found
 
@@ -76,7 +81,7 @@ class UNetLearner:
     def reconstruct(
         self, model: Pipeline, images: Images, *, timestep: int, draws: int, seed: int, progress: Callable[[int], None]
     ) -> Float[np.ndarray, "n m"]:
-        """See `diffusion.assess.reconstructions`."""
+        """See `diffusion.assess.Reconstruction`."""
         done = 0
 
         def tell(now: int, _: int) -> None:
@@ -84,7 +89,6 @@ class UNetLearner:
             progress(now - done)
             done = now
 
-        found = reconstructions(
-            model, images.pixels, timestep=timestep, key=jax.random.key(seed), draws=draws, batch=self.batch, progress=tell
-        )
+        measure = Reconstruction(timestep, draws)
+        found = assess(model, images.pixels, measure, key=jax.random.key(seed), batch=self.batch, progress=tell)
         return np.asarray(found.values)

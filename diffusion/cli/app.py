@@ -2,6 +2,7 @@
 
 from cyclopts import App
 
+from diffusion.cli.experiment import report, run, trial_table
 from diffusion.cli.measure import judge, likelihood
 from diffusion.cli.models import export, import_, sample
 from diffusion.cli.train import preset_table, presets, train
@@ -23,6 +24,8 @@ the same command then goes on where it stopped.
     config=[presets],
 )
 app.command(train, help_epilogue=f"What the presets set; everything else has the default shown:\n\n{preset_table()}")
+app.command(run, help_epilogue=f"The presets:\n\n{trial_table()}")
+app.command(report)
 app.command(sample)
 app.command(likelihood)
 app.command(judge)

@@ -92,7 +92,7 @@ def likelihood(
             if after is None:
                 name, unit = "bits", "bits per dimension"
                 pixels = assess.to_8_bits(images.pixels)
-                found = assess.bits(before, pixels, log_density, key=key, draws=draws, timestep=at, batch=batch, progress=progress)
+                found = assess.assess(before, pixels, assess.Bits(log_density, draws, at), key=key, batch=batch, progress=progress)
             else:
                 name, unit = "forgetting", "ΔE"
                 second = read_model(after)

@@ -1,8 +1,5 @@
 """`train`: its options, presets, data and interruption."""
 
-import contextlib
-import signal
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,6 +9,7 @@ from cyclopts import Parameter
 from cyclopts.config import Dict
 
 from diffusion.cli.options import Device, configure, explained, images_of
+from diffusion.cli.watching import interruption, watching
 from diffusion.layout import Layout
 from diffusion.optimiser import AdamW
 from diffusion.run import Rhythm, Task
@@ -109,19 +107,8 @@ def train(
 def _train(out: Path, task: Task, settings: Settings, rhythm: Rhythm, wandb: str | None, screen: Screen) -> int:
     from diffusion.run import MODEL, SAMPLES, Stopped, run
 
-    steps, batch = settings.length.steps, settings.length.batch_size
-    with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(_interruption())
-        tell, at = None, 0
-
-        def watch(done: int, record: Any) -> None:
-            nonlocal tell, at
-            if tell is None:  # now that it is known where a run goes on
-                at = max(0, done - 10)
-                tell = stack.enter_context(screen.counting("training", steps, at, unit="images", each=batch))
-            tell(done - at, "" if record is None else f"loss {record.loss:.4f}")
-            at = done
-
+    steps = settings.length.steps
+    with interruption() as stop, watching(screen, settings, "training") as watch:
         try:
             finished = run(out, task, settings, rhythm, say=screen.note, watch=watch, wandb=wandb, stop=stop)
         except Stopped as error:
@@ -134,25 +121,6 @@ def _train(out: Path, task: Task, settings: Settings, rhythm: Rhythm, wandb: str
     if sheets:
         screen.say(f"samples: {sheets[-1]}")
     return 0
-
-
-@contextlib.contextmanager
-def _interruption() -> Iterator[Any]:
-    """Whether the run was asked to end (Ctrl-C, SIGTERM): it then ends after the step that it is at. The second time, at once."""
-    asked = False
-
-    def ask(number: int, frame: Any) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _task(

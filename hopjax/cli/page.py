@@ -67,10 +67,10 @@ def _listed(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield f"{prefix}{name}", ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def templates(folder: Path) -> jinja2.Environment:
-    """A folder's templates: what is filled in is escaped, and must be there."""
+def templates(*folders: Path) -> jinja2.Environment:
+    """The folders' templates: what is filled in is escaped, and must be there."""
     return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder),
+        loader=jinja2.FileSystemLoader(folders),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -78,8 +78,9 @@ def templates(folder: Path) -> jinja2.Environment:
     )
 
 
-def render(template: str, settings: Mapping[str, Any], **values: Any) -> bytes:
-    """The page of a template of this folder, which also gets the settings to list."""
-    environment = templates(Path(__file__).parent)
+def render(template: str, settings: Mapping[str, Any], *, folder: Path | None = None, **values: Any) -> bytes:
+    """The page of a template of `folder` (this one by default), which also gets the settings to list and can extend those here."""
+    here = Path(__file__).parent
+    environment = templates(folder or here, here)
     environment.filters |= {"number": number, "embedded": embedded}
     return environment.get_template(template).render(settings=settings, listed=_listed(settings), **values).encode()

@@ -1,0 +1,51 @@
+"""Presets of the continual-learning experiment: two tasks, and how long each is learnt."""
+
+import dataclasses
+import types
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from diffusion.settings import PRESETS, Settings
+
+
+class Trial(NamedTuple):
+    """An experiment on two tasks: data, how Task 2 comes of them, and how long each is learnt.
+
+    Attributes:
+        data: the images; None if there is no default.
+        rotate: Task 2 is Task 1 turned by so many degrees; None for a split by class.
+        task2_classes: the classes of Task 2, whose others are Task 1; None for a rotation.
+        first, later: settings of Task 1, and of Task 2.
+        about: it, in a few words.
+    """
+
+    data: str | None
+    rotate: float | None
+    task2_classes: str | None
+    first: Settings
+    later: Settings
+    about: str
+
+
+def _shorter(settings: Settings, steps: int) -> Settings:
+    return dataclasses.replace(settings, length=dataclasses.replace(settings.length, steps=steps))
+
+
+_QUICK, _MNIST, _CIFAR = (PRESETS[name].settings for name in ("quick", "cpu-mnist", "paper-cifar10"))
+TRIALS: Mapping[str, Trial] = types.MappingProxyType(
+    {
+        "quick": Trial("digits", 30.0, None, _shorter(_QUICK, 400), _shorter(_QUICK, 150), "8 × 8 digits turned, minutes on two cores"),
+        "cpu-mnist": Trial(
+            "mnist-5k",
+            30.0,
+            None,
+            _shorter(_MNIST, 4000),
+            _shorter(_MNIST, 1000),
+            "5,000 digits of MNIST turned, hours on two cores",
+        ),
+        "paper-mnist": Trial(None, 30.0, None, _CIFAR, _CIFAR, "rotated MNIST at the paper's size, for an accelerator"),
+        "paper-cifar10": Trial(
+            None, None, "airplane,automobile,frog,ship,truck", _CIFAR, _CIFAR, "split CIFAR-10 at the paper's size, for an accelerator"
+        ),
+    }
+)
