@@ -20,17 +20,23 @@ def numbers(record: Record) -> dict[str, Any]:
 
 
 def json_lines(file: Path, step: int) -> Log:
-    """Appends to a file of one record a line; what it holds beyond `step`, from a run that was cut off, is taken out first."""
+    """Appends to a file of one record a line; what a run that was cut off left beyond `step`, or of a line, is taken out first."""
     if file.exists():
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        write(file, "".join(kept).encode())
+        write(file, b"".join(line for line in file.read_bytes().splitlines(keepends=True) if _step(line) <= step))
 
     def log(record: Record) -> None:
         with file.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(numbers(record)) + "\n")
 
     return log
+
+
+def _step(line: bytes) -> float:
+    """Of a record; ∞ if it is not whole."""
+    try:
+        return float(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def read(file: Path) -> list[dict[str, Any]]:
