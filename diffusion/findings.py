@@ -17,6 +17,7 @@ from diffusion.statistics import Bootstrap, Estimate, across_seeds, bin_means, r
 from hopjax.cli.table import Table
 
 Column = Float[np.ndarray, " n"]
+EPS = np.finfo(np.float64).eps
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,6 +70,14 @@ def _over(values: Sequence[Estimate]) -> dict[str, Any]:
     return _json(found) | {"seeds": [each.value for each in values]}
 
 
+def _correlation(values: Sequence[Estimate]) -> dict[str, Any]:
+    """The same of correlations, in Fisher's z: intervals stay between −1 and 1."""
+    inside = [each._replace(value=float(np.arctanh(np.clip(each.value, -1 + EPS, 1 - EPS)))) for each in values]
+    found = _over(inside) if len(values) > 1 else _json(values[0])
+    ends = found if len(values) == 1 else {name: float(np.tanh(found[name])) for name in ("value", "low", "high")}
+    return {name: ends[name] for name in ("value", "low", "high")} | {"seeds": [each.value for each in values]}
+
+
 def _json(found: Estimate) -> dict[str, Any]:
     return {
         name: None if isinstance(value, float) and math.isnan(value) else value for name, value in found._asdict().items() if name != "note"
@@ -97,7 +106,7 @@ def _at(seeds: Sequence[Seed], bins: int, interval: Bootstrap) -> dict[str, Any]
     policies = list(seeds[0].after)
 
     def correlation(of: Callable[[Seed], Column], given: Callable[[Seed], Sequence[Column]] = lambda _: ()) -> dict[str, Any]:
-        return _over([rank_correlation(seed.energy, of(seed), given(seed), level=interval.level) for seed in seeds])
+        return _correlation([rank_correlation(seed.energy, of(seed), given(seed), level=interval.level) for seed in seeds])
 
     def binned(of: Callable[[Seed], Column]) -> dict[str, Any]:
         """Means over seeds of each sample, so that an interval is that of samples."""
