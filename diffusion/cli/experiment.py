@@ -79,6 +79,8 @@ def run(
         raise UsageError(f"--preset {preset} needs DATA: name the images")
     if not (choice.task2 or choice.task2_classes or choice.rotate is not None):
         choice = dataclasses.replace(choice, rotate=trial.rotate, task2_classes=trial.task2_classes)
+    if reading.size is None and trial.size is not None:
+        reading = dataclasses.replace(reading, size=trial.size)
     out = out or Path("results") / f"continual-{preset}"
     check_writable("--out", out / TABLE)
     for option, value in (("--draws", draws), ("--samples", samples), ("--steps1", steps1 or 1), ("--steps2", steps2 or 1)):
