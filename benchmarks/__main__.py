@@ -21,12 +21,36 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks import boltzmann, kernels, likelihood, rotations, scalar_fixed_points, scaling, startup, streaming, variance, verify
+from benchmarks import (
+    boltzmann,
+    kernels,
+    likelihood,
+    rotations,
+    scalar_fixed_points,
+    scaling,
+    startup,
+    streaming,
+    training_step,
+    variance,
+    verify,
+)
 from benchmarks.row import Bench, Goal, Row
 
 SUBJECTS: dict[str, ModuleType] = {
     module.__name__.rpartition(".")[2]: module
-    for module in (rotations, variance, scalar_fixed_points, streaming, scaling, boltzmann, likelihood, startup, kernels, verify)
+    for module in (
+        rotations,
+        variance,
+        scalar_fixed_points,
+        streaming,
+        scaling,
+        boltzmann,
+        training_step,
+        likelihood,
+        startup,
+        kernels,
+        verify,
+    )
 }
 
 
