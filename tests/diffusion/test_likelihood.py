@@ -127,6 +127,12 @@ def test_any_network_by_the_determinant_of_its_flow(key):
     np.testing.assert_allclose(found.mean, expected, atol=1e-6)
 
 
+def test_the_standard_error_of_two_draws():
+    found = Draws(jnp.array([[1.0, 3.0], [2.0, 2.0]]), jnp.ones(2, int))
+    np.testing.assert_array_equal(found.mean, [2, 2])
+    np.testing.assert_allclose(found.standard_error, [1, 0], rtol=1e-15)  # √2/√2
+
+
 def test_probes_are_unbiased_and_their_standard_error_is_right(key):
     count = 64
     states, exact = normal_states(key, count, 100)
@@ -254,7 +260,7 @@ class Normal(LogDensity):
     def __call__(self, epsilon, states, schedule, keys, *, start=0):
         (alpha,), (sigma,) = schedule.alpha_sigma_float64(np.array([float(start)]))
         deviation = math.hypot(alpha * self.width, sigma)
-        logs = jax.scipy.stats.norm.logpdf(states, alpha * self.mean, deviation)
+        logs = jax.scipy.stats.norm.logpdf(states, float(alpha) * self.mean, deviation)
         return Draws(jnp.sum(logs, axis=tuple(range(1, states.ndim)))[:, None], jnp.full(len(states), 7))
 
 
