@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from diffusion.claims import Errors, Verdict, judge, verdicts
 from diffusion.statistics import Bootstrap, Estimate
@@ -88,6 +89,11 @@ def test_low_energies_that_save_all_do_not_save_only_low_ones():
     noisy = unsure.after["low"] + np.where(top, noise - noise[top].mean(), 0)
     found = verdicts([Errors(unsure.energy, unsure.before, {**unsure.after, "low": noisy})], interval=QUICK)[2]
     assert found.holds is None
+    parts = [(unsure.after["none"] - noisy)[part] for part in (unsure.energy <= np.quantile(unsure.energy, 0.2), top)]
+    width = stats.norm.ppf(0.975) * np.hypot(*(stats.sem(part) for part in parts))
+    assert found.statistic is not None
+    assert found.statistic == pytest.approx(parts[0].mean() - parts[1].mean(), rel=1e-9)
+    assert found.interval == pytest.approx((found.statistic - width, found.statistic + width), rel=1e-9)
 
 
 @pytest.mark.parametrize(("dips", "holds"), [([0, 0, 0], True), ([1, 0, 0], None), ([1, 1, 1], False)])

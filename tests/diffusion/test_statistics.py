@@ -71,6 +71,12 @@ def test_bootstrap_depends_on_the_numbers_alone(values, seed):
     )
 
 
+def test_resampled_means_that_are_the_mean_are_no_bias():
+    # Ten coins show five heads in a quarter of all tosses. Without a bias the ends are quantiles of theirs, two and eight.
+    found = Bootstrap(20_000)(np.repeat([0.1, 1.1], 5))
+    assert (found.low, found.high) == pytest.approx((0.3, 0.9), abs=1e-12)
+
+
 @pytest.mark.parametrize("scale", [1e-300, 1.0, 1e300])
 def test_bootstrap_of_any_scale(scale):
     values = normal(0, 30)
@@ -359,13 +365,13 @@ def test_coverage(situation):
 @pytest.mark.parametrize("situation", SITUATIONS)
 @pytest.mark.parametrize(("count", "least"), [(50, 0.92), (200, 0.935), (1000, 0.945)])
 def test_coverage_closely(situation, count, least):
-    check_coverage(situation, 2000, count, least, 0.96)
+    check_coverage(situation, 1000, count, least, 0.96)
 
 
 @pytest.mark.slow
 def test_the_textbooks_interval_does_not_cover_where_spread_depends():
     rng = np.random.default_rng(0)
-    values = np.array([of_spreads(rng, 200)[1].value for _ in range(2000)])
+    values = np.array([of_spreads(rng, 200)[1].value for _ in range(1000)])
     outside = np.abs(np.arctanh(values)) > stats.norm.ppf(0.975) * np.sqrt((1 + values**2 / 2) / 197)
     assert outside.mean() > 0.1
 
