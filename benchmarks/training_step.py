@@ -21,7 +21,7 @@ from flax import nnx
 from numpy.typing import NDArray
 
 from benchmarks.row import Bench, Goal, Row
-from diffusion.backend import compiler_options
+from diffusion import backend
 from diffusion.config import PRESETS, UNetConfig
 from diffusion.layers import initialise
 from diffusion.unet import UNet, parameter_count
@@ -78,8 +78,8 @@ def _ours(config: UNetConfig, batch: int) -> Contender:
     data = tuple(map(jnp.asarray, _batch(config, batch)))
     fixed = jax.tree.map(jnp.copy, params)  # the step takes the memory of its state over
     state = (params, jax.tree.map(jnp.copy, params), optimiser.init(params))
-    program = jax.jit(step, donate_argnums=0, compiler_options=compiler_options()).lower(state, *data).compile()
-    forward = jax.jit(lambda params, *x: nnx.merge(graphdef, params)(*x), compiler_options=compiler_options())
+    program = jax.jit(step, donate_argnums=0, compiler_options=backend.compiler_options()).lower(state, *data).compile()
+    forward = jax.jit(lambda params, *x: nnx.merge(graphdef, params)(*x), compiler_options=backend.compiler_options())
 
     def run() -> float:
         nonlocal state
@@ -185,6 +185,74 @@ def _steps(bench: Bench, peer: bool) -> Iterator[Row]:
     )
 
 
+def _parts(bench: Bench, peer: bool) -> Iterator[Row]:
+    """Where the time goes: convolutions of the sizes that take most of it, and a normalisation with its activation."""
+    for side, channels in ((32, 64), (32, 128), (16, 128)):
+        generator = np.random.default_rng(0)
+        image, cotangent = generator.standard_normal((2, BATCH, side, side, channels), dtype=np.float32)
+        kernel = generator.standard_normal((3, 3, channels, channels), dtype=np.float32)
+        scale, bias = np.ones((2, channels), np.float32)
+        ours = {name: _call(part, image, kernel, scale, bias, cotangent) for name, part in _PARTS.items()}
+        theirs = _torch_parts(image, kernel, cotangent) if peer else {}
+        for name, call in ours.items():
+            what = f"{name}, {channels} channels at {side} × {side}"
+            seconds, *other = bench.medians(what, bench.size(7, 3), call, *([theirs[name]] if peer else []))
+            flops = 2 * image.size * kernel[..., 0].size
+            yield Row(what, seconds, other[0] if peer else None, note="" if "norm" in name else f"{flops / seconds / 1e9:.0f} GFLOP/s")
+
+
+def _convolution(image: jax.Array, kernel: jax.Array) -> jax.Array:
+    return backend.convolve(image, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def _normalised(image: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+    return jax.nn.silu(backend.normalise(image, scale, bias, groups=32, eps=1e-5))
+
+
+def _with_derivatives(image: jax.Array, scale: jax.Array, bias: jax.Array, cotangent: jax.Array) -> Any:
+    out, pull = jax.vjp(_normalised, image, scale, bias)
+    return out, pull(cotangent)
+
+
+_PARTS: dict[str, Callable[..., Any]] = {
+    "3 × 3 convolution": lambda x, k, s, b, ct: _convolution(x, k),
+    "its derivative in the image": lambda x, k, s, b, ct: jax.vjp(lambda x: _convolution(x, k), x)[1](ct),
+    "its derivative in the kernel": lambda x, k, s, b, ct: jax.vjp(lambda k: _convolution(x, k), k)[1](ct),
+    "group norm and SiLU": lambda x, k, s, b, ct: _normalised(x, s, b),
+    "group norm and SiLU with derivatives": lambda x, k, s, b, ct: _with_derivatives(x, s, b, ct),
+}
+
+
+def _call(part: Callable[..., Any], *arrays: NDArray[np.float32]) -> Callable[[], Any]:
+    held = tuple(map(jnp.asarray, arrays))
+    program = jax.jit(part, compiler_options=backend.compiler_options())
+    return lambda: program(*held)
+
+
+def _torch_parts(image: NDArray[np.float32], kernel: NDArray[np.float32], cotangent: NDArray[np.float32]) -> dict[str, Callable[[], Any]]:
+    import torch
+
+    x, ct = (torch.from_numpy(a.transpose(0, 3, 1, 2).copy()) for a in (image, cotangent))
+    k = torch.from_numpy(kernel.transpose(3, 2, 0, 1).copy())
+    scale, bias = torch.ones(2, x.shape[1])
+    leaves = [a.clone().requires_grad_() for a in (x, scale, bias)]
+
+    def derivative(*mask: bool) -> Any:
+        return torch.ops.aten.convolution_backward(ct, x, k, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, mask)
+
+    def normalised(x: Any, scale: Any, bias: Any) -> Any:
+        return torch.nn.functional.silu(torch.nn.functional.group_norm(x, 32, scale, bias, 1e-5))
+
+    calls = (
+        lambda: torch.nn.functional.conv2d(x, k, padding=1),
+        lambda: derivative(True, False, False),
+        lambda: derivative(False, True, False),
+        lambda: normalised(x, scale, bias),
+        lambda: torch.autograd.grad(normalised(*leaves), leaves, ct),
+    )
+    return dict(zip(_PARTS, calls, strict=True))
+
+
 def _memory(bench: Bench, peer: bool) -> Iterator[Row]:
     bench.progress("peak memory of the step")
     ours = _alone("_most('ours')")["bytes"]
@@ -214,6 +282,7 @@ def _small(bench: Bench) -> Iterator[Row]:
 def measure(bench: Bench) -> Iterator[Row]:
     peer = all(importlib.util.find_spec(module) for module in ("torch", "diffusers"))
     yield from _steps(bench, peer)
+    yield from _parts(bench, peer)
     yield from _compilation(bench)
     if not bench.quick:
         yield from _memory(bench, peer)
