@@ -135,7 +135,8 @@ class FlowLogDensity(LogDensity):
     A probe is kept along its whole trajectory, so the draws are unbiased (up to the solver's error) and independent. The solver holds
     each step's error of the state (root mean square) and of log p_t (nats, root mean square over probes) to atol + rtol × size for
     each image of the batch; images that needed more than `max_steps`, and those that are not finite, are NaN. Besides, rounding leaves
-    a few eps × d in log p_t. The end of the schedule counts as N(0, I), which is off by O(α² d) there (α² = 4e-5 of DDPM's).
+    a few eps × d in log p_t. As for sampling, the end of the schedule is N(0, I): a density of data noised to there differs by up to
+    α|x||x₀| nats (α = 6e-3 at the end of DDPM's schedule), which differences of two models hardly see.
 
     One evaluation is a call of the noise function and a product vᵀJ for each probe.
     """
