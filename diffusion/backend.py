@@ -1,30 +1,25 @@
 r"""What is chosen by the device that programs are compiled for: the one place where a CPU gets another program than a GPU or a TPU.
 
-On accelerators nothing is: the plain formulations and the compiler's defaults. On CPUs three operations are written so that XLA's
-code for them is fast; they are the same functions, to rounding. Their derivatives are ordinary ones (`jax.custom_jvp` whose rules are
-linear programs): `jax.jvp`, `jax.vjp`, `jax.vmap` and higher orders work as with the plain formulations.
+On accelerators nothing is: the plain formulations and the compiler's defaults. On CPUs two operations are written so that XLA's
+code for them is fast; they are the same functions, to rounding. `jax.jvp`, `jax.vjp`, `jax.vmap` and higher orders work as with the plain
+formulations: the one derivative that is given, of `normalise`, is a `jax.custom_jvp`, whose rule JAX transposes.
 
 - `normalise`: sums over space, then over groups; the derivative reads the image three times instead of eight.
-- `convolve`: the derivative in the kernel as a convolution of the cotangent *with the image*, which transposes less in memory.
 - `convolve_doubled`: an image with every pixel four times, convolved with 3 × 3, is four convolutions of the small image with 2 × 2.
 """
 
 import functools
-from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 # On CPUs jaxlib 0.10 and later send products and convolutions through a library (YNNPACK) that takes up to twice the time of the code
 # used before; its reductions are three times as fast as XLA's own.
 _CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
-_SAME = ((1, 1), (1, 1))
 
 
 @functools.cache
@@ -50,19 +45,6 @@ def normalise(
     Accuracy: a mean that is large beside the deviations costs no digits (it is E[x²] − E[x]² that would lose them).
     """
     return (_normalise_by_channel if jax.default_backend() == "cpu" else _normalise)(x, scale, bias, groups, eps)
-
-
-def convolve(
-    image: Array,
-    kernel: Array,
-    strides: Sequence[int],
-    padding: Sequence[tuple[int, int]],
-    **options: Any,
-) -> Array:
-    """`jax.lax.conv_general_dilated` for `flax.nnx.Conv` over images that are channels last."""
-    if jax.default_backend() == "cpu" and kernel.shape[:2] == (3, 3) and tuple(strides) == (1, 1) and tuple(padding) == _SAME:
-        return _convolve(image, kernel)
-    return lax.conv_general_dilated(image, kernel, strides, padding, **options)
 
 
 def convolve_doubled(image: Float[Array, "n h w c"], kernel: Float[Array, "3 3 c k"]) -> Float[Array, "n 2*h 2*w k"]:
@@ -127,33 +109,9 @@ def _(groups: int, eps: int | float, primals: tuple[Array, Array, Array], tangen
     return normal * scale[None, None, None] + bias[None, None, None], tangent
 
 
-def _plain(image: Array, kernel: Array) -> Array:
-    return lax.conv_general_dilated(image, kernel, (1, 1), _SAME, dimension_numbers=_LAYOUT)
-
-
-_convolve = jax.custom_jvp(_plain)
-
-
-def _kernel_cotangent(image: Array, cotangent: Array) -> Array:
-    """Σ over images and pixels of image · cotangent at the nine distances; turned round, because here the image is the kernel."""
-    turned = lax.conv_general_dilated(cotangent, image, (1, 1), _SAME, dimension_numbers=("CHWN", "IHWO", "HWNC"))
-    return jnp.flip(turned, (0, 1)).swapaxes(2, 3)
-
-
-@functools.partial(_convolve.defjvp, symbolic_zeros=True)
-def _(primals: tuple[Array, Array], tangents: tuple[Any, Any]) -> tuple[Array, Any]:
-    (image, kernel), (dimage, dkernel) = primals, tangents
-    out = _convolve(image, kernel)
-    parts = []
-    if not isinstance(dimage, SymbolicZero):
-        parts.append(_convolve(dimage, kernel))
-    if not isinstance(dkernel, SymbolicZero):
-        parts += jax.linear_transpose(functools.partial(_kernel_cotangent, image), out)(dkernel)
-    return out, sum(parts) if parts else jnp.zeros_like(out)
-
-
 def _convolve_repeated(image: Array, kernel: Array) -> Array:
-    return _plain(jnp.repeat(jnp.repeat(image, 2, axis=1), 2, axis=2), kernel)
+    doubled = jnp.repeat(jnp.repeat(image, 2, axis=1), 2, axis=2)
+    return lax.conv_general_dilated(doubled, kernel, (1, 1), "SAME", dimension_numbers=_LAYOUT)
 
 
 def _folded(kernel: Array, axis: int) -> tuple[Array, Array]:

@@ -71,7 +71,6 @@ def conv(
         dtype=dtype,
         kernel_init=init,
         bias_init=init,
-        conv_general_dilated=backend.convolve,
         rngs=rngs,
     )
 
