@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from benchmarks.row import Bench, Goal, Row
 from hopjax import mesh
+from hopjax.tiles import default_tile
 
 
 class Accelerator(NamedTuple):
@@ -58,8 +59,8 @@ def _on_paper(count: int, quantities: tuple[str, ...], device: Accelerator) -> I
     blocks = -(-count // block)
     rows, held = -(-min(count, block) // layout.states), -(-MEMORIES // layout.memories)
     compute = blocks * _operations(rows, held, DIM, products) / (SHARE * device.operations)
-    tile = 8192  # states a tile on accelerators, each of which reads the device's memories once
-    reread = blocks * -(-rows // tile) * held * DIM * 4 / device.bandwidth
+    # Each tile of states reads the device's memories once.
+    reread = blocks * -(-rows // default_tile("gpu").states) * held * DIM * 4 / device.bandwidth
     exchange = blocks * layout.exchanged / device.link
     arrive = blocks * rows * DIM * 4 / device.host
     what = f"{count:.0e} states, {MEMORIES:.0e} memories, d = {DIM}, {' + '.join(quantities)}"

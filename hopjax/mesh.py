@@ -20,7 +20,8 @@ from jaxtyping import Array, ArrayLike, Float, Int, Real
 from numpy.typing import NDArray
 
 from hopjax.moments import QUANTITIES, Moments, Softmax, all_reduce, empty
-from hopjax.tiled import Rows, Tile, accumulate, by_rows, check_beta, check_rows, default_tile, needed
+from hopjax.tiled import needed
+from hopjax.tiles import Rows, Tile, accumulate, by_rows, check_beta, check_rows, default_tile
 
 STATES, MEMORIES = "states", "memories"
 

@@ -17,7 +17,8 @@ from jaxtyping import Array, ArrayLike, Float, Key, Real
 from numpy.typing import NDArray
 
 from hopjax.energy import _matmul
-from hopjax.tiled import MEMORY_LIMIT, Rows, Tile, check_beta, check_rows, feed, pieces, plan, tile_rows
+from hopjax.tiled import MEMORY_LIMIT, feed, pieces, plan
+from hopjax.tiles import Rows, Tile, check_beta, check_rows, tile_rows
 
 
 class PerturbationSharpness(NamedTuple):

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 
 from hopjax.correspondence import beta_at_timestep, linear_alphas_cumprod
-from hopjax.tiled import MEMORY_LIMIT, check_beta, summarise
+from hopjax.tiled import MEMORY_LIMIT, summarise
+from hopjax.tiles import check_beta
 
 # β is looked for between these, in units of the data's inverse variance, and the root found to this relative accuracy.
 _RANGE = 1e-4, 1e8

@@ -1,238 +1,50 @@
 r"""Energies of many states against many memories in bounded memory: one pass over tiles.
 
 `summarise` and `stream` take arrays of any size, in host memory or mapped from a file, and compute what is asked for (`QUANTITIES`) and
-nothing else; `log_sums` and `energies` are for use inside `jax.jit` and `jax.grad`, with a derivative that streams too. How the digits
-are kept is in `hopjax.moments`; many devices are in `hopjax.mesh`. Source: arXiv:2605.27975, Eqs. (1)-(4).
+nothing else; `log_sums` and `energies`, of `hopjax.tiles`, are for use inside `jax.jit` and `jax.grad`. How the digits are kept is in
+`hopjax.moments`; many devices are in `hopjax.mesh`. Source: arXiv:2605.27975, Eqs. (1)-(4).
 
 Accuracy: with R the largest norm, logits carry an error of a few eps·βR² from their products, as in the one-shot formulas, and so do
 exponents and entropies; energies a few eps·(R² + (log m + number of tiles)/β); the Hessian's trace a few eps·βR²·ℓ with ℓ the weight of
 the memories other than the state's own, sharpness and rise R² times that plus eps·dR².
 """
 
-import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
-from typing import Any, NamedTuple, cast
+from functools import cache, cached_property
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jaxtyping import Array, ArrayLike, Float, Int, Real
+from jaxtyping import Array, ArrayLike, Float, Real
 from numpy.typing import NDArray
 
-from hopjax.energy import _check_memories, _matmul, _positive
-from hopjax.moments import QUANTITIES, Moments, Softmax, empty, merge, of_tile
+from hopjax.moments import QUANTITIES, Moments, Softmax, empty
+from hopjax.tiles import Rows, Tile, accumulate, check_beta, check_prior, check_rows, default_tile, density_prior, energies, log_sums
+
+__all__ = [
+    "MEMORY_LIMIT",
+    "QUANTITIES",
+    "Block",
+    "Feed",
+    "Rows",
+    "Sizes",
+    "Tile",
+    "default_tile",
+    "density_prior",
+    "energies",
+    "energy_changes",
+    "feed",
+    "log_sums",
+    "needed",
+    "pieces",
+    "plan",
+    "stream",
+    "summarise",
+]
 
 MEMORY_LIMIT = 512 << 20
-
-# Arrays on the host, in memory or mapped from a file, or on a device.
-Rows = NDArray[np.floating] | Array
-
-
-class Tile(NamedTuple):
-    """How many states meet how many memories at a time."""
-
-    states: int
-    memories: int
-
-
-def default_tile() -> Tile:
-    """What was measured to be fast on CPUs, where a tile stays in the cache; accelerators want more to do at a time."""
-    return Tile(2048, 1024) if jax.default_backend() == "cpu" else Tile(8192, 4096)
-
-
-# ---- Traceable -----------------------------------------------------------------------------------------------------------
-
-
-def accumulate(
-    moments: Moments,
-    states: Float[Array, "n d"],
-    memories: Float[Array, "m d"],
-    beta: Float[Array, ""],
-    offset: Float[Array, " m"],
-    own: Int[Array, " n"] | None,
-    needs: Collection[str],
-    *,
-    rows: int,
-    first: Int[Array, ""] | int = 0,
-) -> Moments:
-    """`moments` and those of these memories together, `rows` memories at a time.
-
-    Args:
-        offset, own, first: as in `hopjax.moments.of_tile`, for all of these memories.
-    """
-
-    def add(place: Array, moments: Moments) -> Moments:
-        start, offset_rows = tile_rows(place, offset, rows)
-        part = lax.dynamic_slice_in_dim(memories, start, offset_rows.shape[0])
-        return merge(moments, of_tile(states, part, beta, offset_rows, own, needs, first=first + start, floor=moments.top))
-
-    return lax.fori_loop(0, -(-memories.shape[0] // rows), add, moments)
-
-
-def tile_rows(place: Array, offset: Array, rows: int) -> tuple[Array, Array]:
-    """Where a tile starts and the offsets of its memories: the last one reaches back, and what was seen before does not count again."""
-    count = offset.shape[0]
-    rows = min(rows, count)
-    start = jnp.minimum(place * rows, count - rows)
-    seen = start + lax.iota(jnp.int32, rows) < place * rows
-    return start, jnp.where(seen, -jnp.inf, lax.dynamic_slice_in_dim(offset, start, rows))
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _log_sums(states: Array, memories: Array, beta: Array, offset: Array, own: Array | None, tile: Tile) -> Array:
-    def of_rows(states: Array, own: Array | None) -> Array:
-        moments = accumulate(empty(states, ()), states, memories, beta, offset, own, (), rows=tile.memories)
-        return moments.top + jnp.log(moments.weight)
-
-    return by_rows(of_rows, states.shape[0], tile.states, states, own)
-
-
-def by_rows(function: Callable[..., Any], count: int, rows: int, *arrays: Array | None) -> Any:
-    """`function` of so many rows of the arrays at a time; the last piece reaches back."""
-    rows = min(rows, count)
-    starts = np.minimum(np.arange(-(-count // rows)) * rows, count - rows)
-    pieces = lax.map(lambda start: function(*jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, rows), arrays)), jnp.asarray(starts))
-    fresh = (len(starts) - 1) * rows
-
-    def join(parts: Array) -> Array:
-        return jnp.concatenate([parts[:-1].reshape(fresh, *parts.shape[2:]), parts[-1][rows - (count - fresh) :]])
-
-    return jax.tree.map(join, pieces)
-
-
-_Kept = tuple[Array, Array, Array, Array, Array | None, Array]
-
-
-def _forward(states: Array, memories: Array, beta: Array, offset: Array, own: Array | None, tile: Tile) -> tuple[Array, _Kept]:
-    log_sums = _log_sums(states, memories, beta, offset, own, tile)
-    return log_sums, (states, memories, beta, offset, own, log_sums)
-
-
-def _backward(tile: Tile, kept: _Kept, cotangent: Array) -> tuple[Array, Array, Array, Array, None]:
-    """With p the softmax and c the cotangent: β(cp)ξ for states, β(cp)ᵀx for memories, Σ cp ξ·x for β, Σ cp for the offsets."""
-    states, memories, beta, offset, own, log_sums = kept
-    count, rows = states.shape[0], min(tile.states, states.shape[0])
-
-    def of_states(place: Array, grads: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
-        start = jnp.minimum(place * rows, count - rows)
-        x, log_sum, c, me = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, rows), (states, log_sums, cotangent, own))
-        c = jnp.where(start + lax.iota(jnp.int32, rows) < place * rows, 0.0, c)  # the last rows reach back
-
-        def of_memories(place: Array, grads: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
-            by_x, by_memories, by_beta, by_offset = grads
-            first, offsets = tile_rows(place, offset, tile.memories)
-            part = lax.dynamic_slice_in_dim(memories, first, offsets.shape[0])
-            overlaps = lax.optimization_barrier(_matmul(x, part.T))
-            logits = beta * overlaps + offsets[None]
-            if me is not None:
-                logits = jnp.where(first + lax.iota(jnp.int32, part.shape[0])[None] == me[:, None], -jnp.inf, logits)
-            p = c[:, None] * jnp.exp(logits - log_sum[:, None])
-
-            def added(total: Array, term: Array) -> Array:
-                return lax.dynamic_update_slice_in_dim(total, lax.dynamic_slice_in_dim(total, first, part.shape[0]) + term, first, 0)
-
-            return (
-                by_x + beta * _matmul(p, part),
-                added(by_memories, beta * _matmul(p.T, x)),
-                by_beta + jnp.sum(p * overlaps),
-                added(by_offset, jnp.sum(p, axis=0)),
-            )
-
-        by_states, *others = grads
-        by_x, *others = lax.fori_loop(0, -(-memories.shape[0] // tile.memories), of_memories, (jnp.zeros_like(x), *others))
-        by_states = lax.dynamic_update_slice_in_dim(by_states, lax.dynamic_slice_in_dim(by_states, start, rows) + by_x, start, 0)
-        return by_states, *others
-
-    nothing = tuple(jnp.zeros_like(array) for array in (states, memories, beta, offset))
-    return *lax.fori_loop(0, -(-count // rows), of_states, nothing), None
-
-
-_log_sums.defvjp(_forward, _backward)
-
-
-def _checked(states: Array, memories: Array, own: Any, log_prior: Any) -> tuple[Array | None, Array]:
-    """The states' own indices, if any, and the memories' offsets; raises ValueError for what does not fit."""
-    check_rows(states, memories)
-    count = memories.shape[0]
-    offset = jnp.zeros(count, memories.dtype) if log_prior is None else jnp.asarray(log_prior, memories.dtype)
-    _check_prior(offset, count)
-    if own is None:
-        return None, offset
-    own = jnp.asarray(own, jnp.int32)
-    if own.shape != states.shape[:1]:
-        raise ValueError(f"own has shape {own.shape}: need ({states.shape[0]},), one index per state")
-    return own, offset
-
-
-def _check_prior(log_prior: Rows, count: int) -> None:
-    if log_prior.shape != (count,):
-        raise ValueError(f"log_prior has shape {log_prior.shape}: need ({count},), one number per memory")
-
-
-def check_rows(states: Rows, memories: Rows) -> None:
-    """Raises ValueError naming what does not fit."""
-    for name, array in (("states", states), ("memories", memories)):
-        if array.ndim != 2 or 0 in array.shape:
-            raise ValueError(f"{name} have shape {array.shape}: need (rows, dimension), neither of them 0")
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ValueError(f"{name} must be floating point, got {array.dtype}: convert them, e.g. {name}.astype(np.float32)")
-    if states.shape[1] != memories.shape[1]:
-        raise ValueError(f"states have dimension {states.shape[1]} and memories {memories.shape[1]}: need the same")
-    if states.dtype != memories.dtype:
-        raise ValueError(f"states are {states.dtype} and memories are {memories.dtype}: convert one of them")
-
-
-def check_beta(beta: Real[ArrayLike, ""]) -> None:
-    """Raises ValueError unless 0 < beta < ∞: where the value is known it is checked, not poisoned."""
-    if not 0 < float(cast(float, beta)) < math.inf:
-        raise ValueError(f"beta={beta}: need 0 < beta < ∞")
-
-
-def log_sums(
-    states: Float[Array, "n d"],
-    memories: Float[Array, "m d"],
-    beta: Real[ArrayLike, ""],
-    *,
-    own: Int[ArrayLike, " n"] | None = None,
-    log_prior: Float[ArrayLike, " m"] | None = None,
-    tile: Tile | None = None,
-) -> Float[Array, " n"]:
-    """log Σ_μ π_μ exp(β ξ_μ·x) of many states, traceable, in O(tile) memory, with a first derivative by all arguments that streams too.
-
-    Args:
-        own: index of each state's own memory, which the sum then leaves out; negative for a state without one.
-        log_prior: log π of each memory; by default π = 1, the paper's Eq. (1).
-        tile: by default what is fast on the platform for this dimension.
-    """
-    own_index, offset = _checked(states, memories, own, log_prior)
-    return _log_sums(states, memories, _positive(beta, memories), offset, own_index, tile or default_tile())
-
-
-def energies(
-    states: Float[Array, "n d"],
-    memories: Float[Array, "m d"],
-    beta: Real[ArrayLike, ""],
-    *,
-    log_prior: Float[ArrayLike, " m"] | None = None,
-    tile: Tile | None = None,
-) -> Float[Array, " n"]:
-    """E(x; X) of many states, Eq. (1), traceable and differentiable; see `log_sums`.
-
-    A prior of −log m for all memories makes it the log M-normalised variant, `density_prior` that of the kernel density.
-    """
-    return 0.5 * jnp.sum(states**2, axis=1) - log_sums(states, memories, beta, log_prior=log_prior, tile=tile) / _positive(beta, memories)
-
-
-def density_prior(memories: Float[Array, "m d"], beta: Real[ArrayLike, ""]) -> Float[Array, " m"]:
-    """log π = −½β|ξ|², with which E is −β⁻¹ log Σ exp(−½β|x − ξ|²): all memories weigh alike, whatever their norms."""
-    _check_memories(memories)
-    return -0.5 * _positive(beta, memories) * jnp.sum(memories**2, axis=1)
-
-
-# ---- Host ----------------------------------------------------------------------------------------------------------------
 
 
 class Block(NamedTuple):
@@ -380,7 +192,7 @@ def feed(memories: Rows, log_prior: NDArray[np.floating] | None, rows: int) -> F
     """A feed in the dtype that JAX computes in. Raises ValueError unless there is one number per memory."""
     dtype = jax.dtypes.canonicalize_dtype(memories.dtype)
     prior = np.zeros(len(memories), dtype) if log_prior is None else np.asarray(log_prior, dtype)
-    _check_prior(prior, len(memories))
+    check_prior(prior, len(memories))
     return Feed(memories, prior, rows)
 
 
