@@ -24,7 +24,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, Real
 
 from hopjax.energy import _matmul, _positive, log_partition
-from hopjax.tiled import Tile, check_rows, default_tile, density_prior, log_sums
+from hopjax.tiles import Tile, check_rows, default_tile, density_prior, log_sums
 
 # ---- Likelihood ----------------------------------------------------------------------------------------------------------
 
@@ -173,7 +173,7 @@ class Reason(enum.IntEnum):
         return (
             "an EM step moves no memory by more than the tolerance",
             "all steps were taken before an EM step moved the memories by less than the tolerance: take more, or loosen it",
-            "the likelihood is not finite: samples or starting memories are not, or beta is not positive",
+            "the likelihood is not finite: samples or starting memories are not, or beta or the norm is not positive",
         )[self]
 
 
@@ -238,6 +238,11 @@ def _tolerance(given: float | None, dtype: jnp.dtype) -> float:
     return float(jnp.finfo(dtype).eps) ** 0.5 if given is None else given
 
 
+def _check_tolerance(tolerance: float | None) -> None:
+    if tolerance is not None and not tolerance > 0:
+        raise ValueError(f"tolerance={tolerance} must be positive: None takes √eps")
+
+
 @dataclass(frozen=True)
 class EM:
     """Expectation and exact maximisation in turns: the likelihood never falls, and tens of steps reach its maximum.
@@ -253,6 +258,7 @@ class EM:
     def __post_init__(self) -> None:
         if self.max_steps < 1:
             raise ValueError(f"max_steps={self.max_steps} must be at least 1")
+        _check_tolerance(self.tolerance)
 
     def climb(self, key: Array, problem: _Problem, start: Array) -> Fit:
         """See `fit`."""
@@ -292,6 +298,7 @@ class Adam:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 1 or not 0 < self.rate < math.inf:
             raise ValueError(f"{self}: need steps ≥ 1, batch ≥ 1 and 0 < rate < ∞")
+        _check_tolerance(self.tolerance)
 
     def climb(self, key: Array, problem: _Problem, start: Array) -> Fit:
         """See `fit`."""

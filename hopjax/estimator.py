@@ -43,6 +43,9 @@ def _m_step(mean: jax.Array, beta: jax.Array, norm: jax.Array | None) -> jax.Arr
     return maximisation(mean, beta, norm=norm)
 
 
+_responsibilities = jax.jit(responsibilities)
+
+
 def _blocks(samples: Samples, rows: int) -> Iterator[Samples]:
     return (np.asarray(samples[start : start + rows]) for start in range(0, len(samples), rows))
 
@@ -145,8 +148,10 @@ class BoltzmannMachine:
         ):
             if not fits:
                 raise ValueError(f"{name}={value} must be positive and finite")
-        if not 1 <= self.n_memories <= len(samples):
-            raise ValueError(f"n_memories={self.n_memories}: need at least 1, and no more than the {len(samples)} samples")
+        if self.n_memories not in range(1, len(samples) + 1):  # nor 2.5
+            raise ValueError(f"n_memories={self.n_memories}: need a whole number from 1 to the {len(samples)} samples")
+        if not isinstance(self.method, EM | Adam):
+            raise ValueError(f"method={self.method!r}: need hopjax.boltzmann.EM() or Adam()")
         if samples.nbytes <= self.memory_limit:
             found = self._fit_on_device(samples, self.n_init)
         elif isinstance(self.method, EM):
@@ -225,8 +230,9 @@ class BoltzmannMachine:
         return float(np.mean(self.score_samples(X)))
 
     def predict_proba(self, X: ArrayLike) -> Samples:
-        """Responsibilities γ_μ(x) of each row."""
-        return np.asarray(jax.jit(responsibilities)(self._known(X), self.memories_, self.beta))
+        """Responsibilities γ_μ(x) of each row, streaming."""
+        rows = max(1, self.memory_limit // (8 * (self.n_features_in_ + 2 * self.n_memories)))
+        return np.concatenate([np.asarray(_responsibilities(part, self.memories_, self.beta)) for part in _blocks(self._known(X), rows)])
 
     def predict(self, X: ArrayLike) -> NDArray[np.intp]:
         """Index of the most responsible memory of each row."""
@@ -237,5 +243,7 @@ class BoltzmannMachine:
         """Exact draws from the learned density."""
         if not hasattr(self, "memories_"):
             raise ValueError(f"{self} has not learned yet: call fit first")
+        if n_samples < 1:
+            raise ValueError(f"n_samples={n_samples} must be at least 1")
         key = jax.random.key(self.random_state if random_state is None else random_state)
         return np.asarray(sample_boltzmann(key, jnp.asarray(self.memories_), self.beta, (n_samples,)))

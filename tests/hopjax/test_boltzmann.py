@@ -349,6 +349,8 @@ def test_bad_arguments_are_named(unchecked, key):
         (lambda: boltzmann.fit(key, samples, 2, BETA, start=jnp.ones((2, 3), jnp.float32)), "float64 and memories are float32"),
         (lambda: boltzmann.expectation(samples, jnp.ones((2, 4)), BETA), "dimension 3 and memories 4"),
         (lambda: EM(max_steps=0), "max_steps=0"),
+        (lambda: EM(tolerance=0.0), "tolerance=0.0"),
+        (lambda: Adam(tolerance=np.nan), "tolerance=nan"),
         (lambda: Adam(rate=-1.0), "rate=-1.0"),
     ):
         with pytest.raises(ValueError, match=message) as caught:
@@ -363,6 +365,8 @@ def test_the_estimator_names_what_it_cannot_use(unchecked):
     fitted = BoltzmannMachine(2, 1.0).fit(samples)
     for wrong, message in (
         (lambda: BoltzmannMachine(21).fit(samples), "n_memories=21.*20 samples"),
+        (lambda: BoltzmannMachine(2.5).fit(samples), r"n_memories=2\.5.*whole number"),  # type: ignore[arg-type]
+        (lambda: BoltzmannMachine(2, method="EM").fit(samples), r"method='EM'"),  # type: ignore[arg-type]
         (lambda: BoltzmannMachine(2, beta=0.0).fit(samples), "beta=0.0"),
         (lambda: BoltzmannMachine(2, beta=np.inf).fit(samples), "beta=inf"),
         (lambda: BoltzmannMachine(2, norm=-1.0).fit(samples), "norm=-1.0"),
@@ -374,6 +378,7 @@ def test_the_estimator_names_what_it_cannot_use(unchecked):
         (lambda: fitted.score_samples(samples[:, :2]), "2 columns and the memories 3"),
         (lambda: BoltzmannMachine(2).score_samples(samples), "call fit first"),
         (lambda: BoltzmannMachine(2).sample(3), "call fit first"),
+        (lambda: fitted.sample(0), "n_samples=0"),
         (lambda: fitted.set_params(temperature=1), "'temperature'"),
     ):
         with pytest.raises(ValueError, match=message) as caught:
@@ -424,6 +429,8 @@ def test_samples_mapped_from_a_file_are_streamed_to_the_same_fit(tmp_path, key):
         assert streamed.log_likelihood_ == pytest.approx(whole.log_likelihood_, abs=1e-12)
         np.testing.assert_allclose(matched(streamed.memories_, whole.memories_), whole.memories_, atol=1e-6)
         np.testing.assert_allclose(streamed.score_samples(mapped), whole.score_samples(samples), atol=1e-6)
+        gamma = responsibilities(jnp.asarray(samples), jnp.asarray(streamed.memories_), BETA)
+        np.testing.assert_allclose(streamed.predict_proba(mapped), gamma, rtol=0, atol=64 * EPS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         short = BoltzmannMachine(6, BETA, method=EM(max_steps=3), memory_limit=1100 * 16 * 8).fit(mapped)
