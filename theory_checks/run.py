@@ -43,7 +43,13 @@ MODULES = (
 
 # Checks of one family share what a process computes once: an ensemble of rotations, learned memories, a data set. A family keeps to one
 # process, and the longest begin, so that processes end together.
-FAMILIES = (("learned_memories",), ("digits",), ("learned_forgetting",), ("theorem_4_1", "replay_identity", "theorem_5_1"))
+FAMILIES = (
+    ("learned_memories",),
+    ("digits",),
+    ("learned_forgetting",),
+    ("learned_ordering",),
+    ("theorem_4_1", "replay_identity", "theorem_5_1"),
+)
 
 
 def _module(claim: Claim) -> str:
