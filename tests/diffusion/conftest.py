@@ -35,7 +35,7 @@ def compilations() -> Callable[[], Any]:
     """A context that gives the list of what was compiled in it, or taken from the cache of programs."""
     found: list[list[str]] = []
 
-    def listen(event: str, _: float, **known: Any) -> None:
+    def listen(event: str, duration_secs: float, **known: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             for names in found:
                 names.append(str(known.get("fun_name", "")))

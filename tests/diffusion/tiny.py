@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from diffusion import settings
+from diffusion import config, settings
 from diffusion.checkpoint import Checkpoints
 from diffusion.config import UNetConfig
 from diffusion.run import CHECKPOINTS, Task, model_of, program_of
@@ -25,13 +25,14 @@ NETWORK = UNetConfig(
     layers_per_block=1,
     norm_num_groups=4,
 )
-NETWORKS = {**settings.NETWORKS, "tiny": NETWORK}
+NETWORKS = {**config.PRESETS, "tiny": NETWORK}
 OPTIONS = ("--network", "tiny", "--batch-size", "8", "--ema", "0.9", "--warmup", "2", "--sample-every", "0")
 
 
 def command(*tokens):
     """The words of a command line; an option that comes again counts as it came last."""
-    words, options = [], {}
+    words: list[str] = []
+    options: dict[str, list[str]] = {}
     for token in map(str, tokens):
         if token.startswith("--"):
             options[token] = []
@@ -65,7 +66,7 @@ def bits(state):
 
 
 if __name__ == "__main__":
-    settings.NETWORKS = NETWORKS  # type: ignore[assignment]
+    settings.NETWORKS = NETWORKS  # type: ignore[assignment, attr-defined]
     from diffusion.__main__ import main
 
     sys.exit(main())
