@@ -19,6 +19,7 @@ from hopjax.correspondence import mixture_log_density, posterior_mean
 
 SCHEDULE = LinearSchedule()
 MEMORIES, DIM, STATES = 20, 8, 16
+PROBES = 64
 MOST = 16_384  # steps of Euler's method that are taken
 
 
@@ -103,7 +104,8 @@ def _evaluations(bench: Bench, start: int, tolerances: tuple[float, ...]) -> Ite
             float(found.evaluations[0]),
             float(needed),
             unit="",
-            goals=(Goal("ratio", "≥", 3.0),),
+            # Looser than that, from t = 0 both are nats away, and equally bad is not what one wants to be fast at.
+            goals=(Goal("ratio", "≥", 3.0),) if tolerance <= 1e-3 else (),
             error=error,
             error_of="nats, largest of both",
             note=f"{STATES} states, exact score of {MEMORIES} memories, d = {DIM}, exact trace, float64; peer: Euler's method "
@@ -139,7 +141,7 @@ def _agreement(bench: Bench, timestep: int) -> Iterator[Row]:
     exact = jax.jit(lambda m: jax.vmap(mixture_log_density, in_axes=(0, None, None, None))(alpha * clean, m, alpha, sigma**2))
     densities = [np.asarray(exact(memories.astype(float))) for memories in (old, new)]
     truth = (sigma / alpha) ** 2 * (densities[0] - densities[1])
-    flow, bound = change(FlowLogDensity(Hutchinson(4), ProbabilityFlow(1e-4, 1e-4))), change(VariationalBound(64, 4))
+    flow, bound = change(FlowLogDensity(Hutchinson(PROBES), ProbabilityFlow(1e-4, 1e-4))), change(VariationalBound(64, 8))
     by_flow, by_bound = flow(old, new), bound(old, new)
     ranks = [float(spearmanr(*pair).statistic) for pair in ((by_bound.mean, by_flow.mean), (by_flow.mean, truth), (by_bound.mean, truth))]
     ours, theirs = bench.medians(f"digits at t = {timestep}", bench.size(5, 1), lambda: bound(old, new), lambda: flow(old, new))
@@ -150,10 +152,11 @@ def _agreement(bench: Bench, timestep: int) -> Iterator[Row]:
         theirs / count,
         error=ranks[0],
         error_of="Spearman with the flow",
-        note=f"{count} digits of 0-4 after learning 5-9 with a tenth replayed, exact scores, d = 64, float32; peer: the flow, 4 probes. "
+        note=f"{count} digits of 0-4 after learning 5-9 with a tenth replayed, exact scores, d = 64, float32; peer: the flow. "
         f"Spearman with the exact ΔE: flow {ranks[1]:.3f}, bound {ranks[2]:.3f}; error bars in units of its spread {spread:.2g}: flow "
         f"{float(jnp.median(by_flow.standard_error)) / spread:.2f}, bound {float(jnp.median(by_bound.standard_error)) / spread:.2f}; "
-        f"evaluations for both models: flow {int(by_flow.evaluations[0])}, with 4 products vᵀJ each; bound {int(by_bound.evaluations[0])}",
+        f"evaluations for both models: flow {int(by_flow.evaluations[0])}, with {PROBES} products vᵀJ each; "
+        f"bound {int(by_bound.evaluations[0])}",
     )
 
 

@@ -214,6 +214,21 @@ def test_tolerances_are_kept_and_evaluations_counted(key):
     assert evaluations < 8 * first
 
 
+def test_every_array_and_every_image_meets_the_tolerances():
+    """Of four states only one moves: it decides on the steps."""
+    moving = jnp.array([[0.0], [1.0]])
+
+    def field(time, states):
+        return jnp.cos(20 * time) * moving, jnp.zeros_like(states[1])
+
+    solve = jax.jit(lambda *states: ProbabilityFlow(1e-8, 1e-8).integrate(field, states, NOISY, start=100, stop=900))
+    (moved, still), _ = solve(jnp.zeros((2, 1)), jnp.ones((2, 3)))
+    alphas, sigmas = NOISY.alpha_sigma_float64(np.array([100.0, 900.0]))
+    first, last = np.sin(20 * np.log(alphas / sigmas)) / 20
+    np.testing.assert_allclose(moved, (last - first) * moving, atol=1e-5)  # a thousand steps of 1e-8
+    np.testing.assert_array_equal(still, 1)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_images_of_any_shape_and_precision(dtype, key):
     called, shape = [], (4, 2, 2, 1)
