@@ -10,13 +10,16 @@ from flax import nnx
 
 from diffusion.config import PRESETS
 from diffusion.feed import Feed
+from diffusion.layers import initialise
 from diffusion.layout import Layout
 from diffusion.objective import Denoising
 from diffusion.optimiser import AdamW
 from diffusion.schedules import CosineSchedule, LinearSchedule, Prediction
 from diffusion.train import PARTS, Diverged, Measured, Pause, Program, record, train
 from diffusion.unet import UNet
+from hopjax.correspondence import posterior_mean
 from tests.diffusion.affine import Affine, best, expected_loss
+from tests.diffusion.tiny import NETWORK
 
 pytestmark = pytest.mark.usefixtures("as_run")
 
@@ -76,6 +79,35 @@ def test_what_is_measured_is_the_loss_of_the_parameters():
     counts = np.sum([one.part_counts for one in end.measured], axis=0)
     assert counts.sum() == 300 * 30
     np.testing.assert_array_less(np.abs(np.array(found.part_losses) - 1), 5 * (2 / 9 / counts) ** 0.5)
+
+
+@pytest.mark.slow
+def test_a_network_comes_close_to_the_exact_denoiser_of_two_images():
+    """Whose loss is the least that any network can have: ε̂ = (x − α E[x₀|x])/σ with the softmax mean of the images."""
+    pair = np.array([[[0, 1, 1, 0]] * 4, [[0, 0, 1, 1]] * 4], np.float32)[..., None]
+    memories = jnp.asarray(2 * pair - 1).reshape(2, 16)
+    graphdef, params = nnx.split(initialise(lambda rngs: UNet(NETWORK, rngs=rngs), jax.random.key(0)), nnx.Param)
+    objective, batch = Denoising(SCHEDULE), 60
+    program = Program(graphdef, objective, AdamW(3e-3, 50, 0.7), 1500, 0.99, Layout().mesh())
+    feed = Feed(pair.repeat(batch, axis=0), batch)
+    step = program.compile(program.abstract(params), feed.batch(0))
+    (end,) = train(program.initial(params), step, feed, key=jax.random.key(1), mesh=program.mesh, steps=1500, pauses=[10**9])
+
+    clean = jnp.tile(memories, (2000, 1)).reshape(4000, 4, 4, 1)
+    noise, timestep = jax.random.normal(jax.random.key(2), clean.shape), jnp.repeat(jnp.arange(10), 400)
+
+    def exact(noisy, t):
+        alpha, sigma = SCHEDULE.alpha_sigma(t)
+        mean = jax.vmap(posterior_mean, in_axes=(0, None, 0, 0))(noisy.reshape(len(noisy), 16), memories, alpha, sigma**2)
+        return ((noisy.reshape(len(noisy), 16) - alpha[:, None] * mean) / sigma[:, None]).reshape(noisy.shape)
+
+    def loss(network):
+        return float(jax.jit(lambda: objective.losses_at(network, clean, noise, timestep))().mean())
+
+    least, found = loss(exact), loss(nnx.merge(graphdef, jax.tree.map(jnp.asarray, jax.device_get(end.state.ema))))
+    print(f"least {least:.5f}, found {found:.5f}")
+    # Common noise: the network cannot be better but by chance, and what it does not know yet is a tenth of what nobody can know.
+    assert 0.99 * least < found < 1.1 * least + 0.005
 
 
 # ---- A step --------------------------------------------------------------------------------------------------------------
