@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -142,7 +143,6 @@ def test_nothing_is_overwritten(folder, unet):
     assert read_pipeline(folder).objective == OBJECTIVES[2]
 
 
-PARITY = Path(__file__).parents[2] / ".venv-parity" / "bin" / "python"
 READ = """
 import json, sys, warnings
 import numpy as np, torch
@@ -155,8 +155,7 @@ print(json.dumps([pipeline.scheduler.config.prediction_type, pipeline.scheduler.
 """
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not PARITY.exists(), reason="needs an environment with diffusers, .venv-parity")
+@pytest.mark.parity
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
 def test_diffusers_reads_what_we_write(objective, tmp_path):
     unet = initialise(lambda rngs: UNet(dataclasses.replace(TINY, in_channels=3, out_channels=3), rngs=rngs), jax.random.key(1))
@@ -165,7 +164,7 @@ def test_diffusers_reads_what_we_write(objective, tmp_path):
     timestep = np.array([3, 250])
     np.save(tmp_path / "image.npy", image)
     np.save(tmp_path / "timestep.npy", timestep)
-    command = [PARITY, "-c", READ, *(tmp_path / name for name in ("model", "image.npy", "timestep.npy", "out.npy"))]
+    command = [sys.executable, "-c", READ, *(tmp_path / name for name in ("model", "image.npy", "timestep.npy", "out.npy"))]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
