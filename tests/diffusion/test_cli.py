@@ -21,6 +21,7 @@ from diffusion import settings
 from diffusion.__main__ import main
 from diffusion.cli.app import app
 from diffusion.feed import Feed
+from diffusion.layout import Layout
 from diffusion.optimiser import AdamW
 from diffusion.pipeline import read_pipeline
 from diffusion.run import Rhythm, read_model
@@ -32,6 +33,7 @@ from tests.diffusion.tiny import NETWORKS, OPTIONS, bits, command, last_state, p
 pytestmark = pytest.mark.usefixtures("as_run")
 
 STEPS = 12
+Disk = namedtuple("Disk", "total used free")
 
 
 def chosen():
@@ -228,7 +230,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoi
 
 def test_a_full_disk_ends_the_run_and_loses_nothing(capsys, monkeypatch):
     shutil.rmtree("run/checkpoints/12")
-    monkeypatch.setattr("diffusion.checkpoint.shutil.disk_usage", lambda _: namedtuple("Disk", "total used free")(9, 9, 0))
+    monkeypatch.setattr("diffusion.checkpoint.shutil.disk_usage", lambda _: Disk(9, 9, 0))
     assert train() == 1
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("error: ")
@@ -404,7 +406,7 @@ def test_help_names_every_option_with_its_default(capsys):
     with pytest.raises(SystemExit):
         app(["train", "--help"], exit_on_error=False)
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for group in (Network(), Noise(), AdamW(), Length(), settings.Layout(), Rhythm()):
+    for group in (Network(), Noise(), AdamW(), Length(), Layout(), Rhythm()):
         for field in dataclasses.fields(group):
             option = f"--{field.name.replace('_', '-')}"
             assert option in text

@@ -51,8 +51,10 @@ def pauses(feed, steps, state=None, *, every=(10**9,), stop=lambda: False, learn
     return train(state, step, feed, key=jax.random.key(7), mesh=program.mesh, steps=steps, pauses=every, stop=stop)
 
 
-def tables(params):
-    return (np.asarray(params[name][...], float) for name in ("gain", "offset"))
+def loss_of(tables, images):
+    """Expected, of an affine network, over all timesteps."""
+    gain, offset = tables
+    return float(expected_loss(gain, offset, SCHEDULE, images).mean())
 
 
 # ---- What is learnt ------------------------------------------------------------------------------------------------------
@@ -61,11 +63,10 @@ def tables(params):
 def test_training_reaches_the_closed_form_optimum():
     feed = Feed(digits(), 30)
     (end,) = pauses(feed, 600)
-    least = expected_loss(*best(SCHEDULE, feed.images), SCHEDULE, feed.images).mean()
-    begun = expected_loss(np.zeros(10), np.zeros(10), SCHEDULE, feed.images).mean()
+    least, begun = (loss_of(tables, feed.images) for tables in (best(SCHEDULE, feed.images), (np.zeros(10), np.zeros(10))))
     assert least < 0.5 < begun  # there is something to learn
     for params in (end.state.params, end.state.ema):
-        found = expected_loss(*tables(params), SCHEDULE, feed.images).mean()
+        found = loss_of((np.asarray(params["gain"][...]), np.asarray(params["offset"][...])), feed.images)
         assert least <= found < 1.01 * least
 
 
@@ -209,7 +210,7 @@ def test_a_run_in_pieces_is_the_run_in_one_piece():
         asked += 1
         return asked % 4 == 0
 
-    stops = []
+    stops: list[int] = []
     while not stops or stops[-1] < 9:
         *_, end = pauses(feed, 9, state, stop=stop)
         state = jax.tree.map(jnp.asarray, jax.device_get(end.state))
@@ -238,8 +239,8 @@ def test_records_are_means_of_what_was_measured():
     feed = Feed(digits(), 30)
     counts, sums = np.zeros(PARTS), np.zeros(PARTS)
     counts[:2], sums[:2] = (4, 1), (2.0, 3.0)
-    one, two = Measured(1.0, 4.0, sums, counts), Measured(2.0, 6.0, 2 * sums, counts)
-    found = record([Pause(6, None, [one], 0.5), Pause(7, None, [two], 1.5)], feed)
+    one, two = (Measured(*map(jnp.asarray, values)) for values in ((1.0, 4.0, sums, counts), (2.0, 6.0, 2 * sums, counts)))
+    found = record([Pause(6, begin(), [one], 0.5), Pause(7, begin(), [two], 1.5)], feed)
     assert (found.step, found.epoch, found.loss, found.gradient_norm, found.rate) == (7, 3.5, 1.5, 5.0, 30.0)
     np.testing.assert_array_equal(found.part_losses, [0.75, 4.5, *[np.nan] * 8])
 
