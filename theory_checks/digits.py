@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 from scipy.optimize import brentq
-from sklearn.datasets import load_digits
 
 import hopjax
 from theory_checks.claim import Z_FALSE_ALARM, Z_LIMIT, Finding, Measurement, Setting, claim
@@ -127,6 +126,8 @@ def _distinct(states: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[n
 @lru_cache(maxsize=1)
 def digits() -> Digits:
     """Everything deterministic about the data set."""
+    from sklearn.datasets import load_digits  # a second of imports, in the one process that needs it
+
     data = load_digits()
     images = data.data / np.linalg.norm(data.data, axis=1, keepdims=True)
     beta = _half_weight_beta(images)
