@@ -5,6 +5,7 @@ state and its step number are all that a run is.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -88,8 +89,7 @@ class Program:
 
     def gathered(self, tree: Any) -> Any:
         """A part of the state, whole, on the host of every process; all processes must ask for it."""
-        whole = NamedSharding(self.mesh, PartitionSpec())
-        return jax.device_get(jax.jit(lambda x: x, out_shardings=whole)(tree))
+        return jax.device_get(_gather(self.mesh)(tree))
 
     def compile(self, state: TrainState, batch: Shaped[np.ndarray, "n h w c"]) -> Any:
         """The compiled step (state, batch, key) → (state, Measured), which takes the state's memory over; `state` may be abstract."""
@@ -122,6 +122,12 @@ class Program:
         sums, counts = (jnp.zeros(PARTS, x.dtype).at[part].add(x) for x in (found.losses, jnp.ones_like(part)))
         measured = Measured(mean, optax.tree.norm(gradients), sums, counts)
         return TrainState(step, params, averaged(state.ema, params, step, self.ema), opt_state), measured
+
+
+@functools.cache
+def _gather(mesh: Mesh) -> Callable[[Any], Any]:
+    """One program for all that is gathered in a run."""
+    return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 class Record(NamedTuple):
