@@ -84,7 +84,10 @@ class Program:
     def abstract(self, params: Any) -> TrainState:
         """Shapes, dtypes and places of the state, for restoring a checkpoint."""
         state = jax.eval_shape(self._initial, params)
-        place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
+
+        def place(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
         return jax.tree.map(place, state, state_shardings(self.mesh, state))
 
     def gathered(self, tree: Any) -> Any:

@@ -27,8 +27,11 @@ def table():
     energy = np.linspace(0, 1, SAMPLES)
     hard = random.normal(1, 0.2, SAMPLES)  # how hard an image is has nothing to do with its energy here
     columns: dict[str, list[np.ndarray]] = {}
+
+    def noise():
+        return random.normal(0, 0.01, SAMPLES)
+
     for seed in range(SEEDS):
-        noise = lambda: random.normal(0, 0.01, SAMPLES)  # noqa: E731
         before = hard + noise()
         rise = 0.1 + 0.5 * energy
         found = {
