@@ -33,7 +33,9 @@ def likelihood(
     timestep: Annotated[
         float | None, Parameter(help="Where clean images are placed (default: 0 for bits; for forgetting half of the schedule).")
     ] = None,
-    probes: Annotated[int, Parameter(help="Of the divergence, or draws of the bound.")] = 4,
+    probes: Annotated[
+        int | None, Parameter(help="Of the divergence, or draws of the bound (default: 4; with --after, where noise counts for more, 64).")
+    ] = None,
     draws: Annotated[int, Parameter(help="Of the noise that makes bytes continuous, for bits.")] = 2,
     tolerance: Annotated[float, Parameter(help="Of the flow's solver, relative and absolute.")] = 1e-4,
     seed: Annotated[int, Parameter(help="Of the probes and the noise.")] = 0,
@@ -54,6 +56,7 @@ def likelihood(
 
     check_suffix(out)
     check_writable("--out", out)
+    probes = (4 if after is None else 64) if probes is None else probes
     for option, value in (("--probes", probes), ("--draws", draws), ("--batch", batch), ("--first", 1 if first is None else first)):
         need(value >= 1, option, value, f"{option.removeprefix('--')} ≥ 1", 4)
     need(0 < tolerance < 1, "--tolerance", tolerance, "0 < tolerance < 1", 1e-4)
