@@ -305,17 +305,19 @@ class Adam:
         count = problem.samples.shape[0]
         slow, fast, tiny = 0.9, 0.999, 1e-8  # Kingma and Ba's
 
+        def loss(memories: Array, samples: Array) -> Array:
+            log_sum = jax.nn.logsumexp(problem.beta * _matmul(memories, samples.T), axis=0)
+            return log_partition(memories, problem.beta) - jnp.mean(log_sum)
+
         def advance(carry: tuple[Array, Array, Array], step: Array) -> tuple[tuple[Array, Array, Array], Array]:
             memories, first, second = carry
             samples = problem.samples[jax.random.randint(jax.random.fold_in(key, step), (self.batch,), 0, count)]
-            moments = expectation(samples, memories, problem.beta, rows=self.batch)
-            weights = jax.nn.softmax(-density_prior(memories, problem.beta))
-            slope = problem.beta * (weights[:, None] * memories - moments.mean)  # of the loss, −log p
+            value, slope = jax.value_and_grad(loss)(memories, samples)
             first, second = slow * first + (1 - slow) * slope, fast * second + (1 - fast) * slope**2
             taken = step.astype(slope.dtype) + 1
             mean, square = first / (1 - slow**taken), second / (1 - fast**taken)
             following = problem.project(memories - self.rate * mean / (jnp.sqrt(square) + tiny))
-            return (following, first, second), moments.log_likelihood
+            return (following, first, second), -value - _radial(samples, problem.beta)
 
         nothing = jnp.zeros_like(start)
         (memories, _, _), trace = lax.scan(advance, (start, nothing, nothing), jnp.arange(self.steps))
