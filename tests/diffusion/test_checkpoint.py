@@ -196,8 +196,17 @@ def test_a_full_disk_is_one_line_and_loses_nothing(folder, monkeypatch):
         assert bits(found_in(checkpoints).state) == bits(state(30))
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("x: No space left on device [y]")])
-def test_a_disk_that_fills_while_writing_is_one_line(error, folder, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (OSError(28, "No space left on device"), CheckpointError, "could not be written: .*No space left"),
+        (ValueError("x: No space left on device [y]"), CheckpointError, "could not be written: x: No space left"),
+        (OSError(5, "Input/output error"), CheckpointError, "could not be written: .*Input/output error"),
+        (ValueError("a mistake of ours"), ValueError, "^a mistake of ours$"),
+    ],
+    ids=str,
+)
+def test_a_disk_that_fails_while_writing_is_one_line_and_loses_nothing(error, kind, words, folder, monkeypatch):
     with Checkpoints(folder, keep=2) as checkpoints:
         with monkeypatch.context() as full:
 
@@ -205,9 +214,9 @@ def test_a_disk_that_fills_while_writing_is_one_line(error, folder, monkeypatch)
                 raise error
 
             full.setattr(checkpoints._checkpointer, "save_checkpointables", fail)
-            with pytest.raises(CheckpointError, match=r"could not be written: .*No space left"):
+            with pytest.raises(kind, match=words):
                 checkpoints.save(30, state(30), {})
-        assert bits(found_in(checkpoints).state) == bits(state(20))
+        assert bits(checkpoints.restore(abstract(state(0))).state) == bits(state(20))
 
 
 def test_the_sums_are_of_every_file(written):
