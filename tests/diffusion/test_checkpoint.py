@@ -216,7 +216,7 @@ def test_a_disk_that_fails_while_writing_is_one_line_and_loses_nothing(error, ki
             full.setattr(checkpoints._checkpointer, "save_checkpointables", fail)
             with pytest.raises(kind, match=words):
                 checkpoints.save(30, state(30), {})
-        assert bits(checkpoints.restore(abstract(state(0))).state) == bits(state(20))
+        assert bits(found_in(checkpoints).state) == bits(state(20))
 
 
 def test_the_sums_are_of_every_file(written):
