@@ -25,6 +25,7 @@ from diffusion.layers import (
     Upsample,
     at_least_float32,
     conv,
+    silu,
     timestep_features,
 )
 
@@ -223,7 +224,7 @@ class UNet(nnx.Module):
             x = self.mid_block(x, embedding, keys)
         for up_block in self.up_blocks:
             x = up_block(x, skips, embedding, keys)
-        return self.conv_out(nnx.silu(self.conv_norm_out(x))).astype(at_least_float32(self.dtype))
+        return self.conv_out(silu(self.conv_norm_out(x))).astype(at_least_float32(self.dtype))
 
 
 def parameter_count(model: nnx.Module) -> int:
