@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int64
 
 from diffusion.assess import Reconstruction, assess
+from diffusion.consolidation import STRENGTH, Consolidation
 from diffusion.pipeline import Pipeline, read_pipeline
 from diffusion.run import MODEL, Rhythm, Task, completed, run
 from diffusion.settings import Settings
@@ -35,6 +36,7 @@ class UNetLearner:
         later: of each later one, which starts from the averaged parameters of the one before.
         rhythm: of all runs.
         batch: images reconstructed at once.
+        strength: λ of elastic weight consolidation, where it is asked for (see `diffusion.consolidation`).
         watch: for the time of a run, of which it gets name and settings, gives what is told how many steps are done.
         stop: asked after each step.
     """
@@ -44,6 +46,7 @@ class UNetLearner:
     later: Settings
     rhythm: Rhythm = Rhythm(sample_every=0)
     batch: int = 50
+    strength: float = STRENGTH
     watch: Callable[[str, Settings], contextlib.AbstractContextManager[Callable[[int, Record | None], None]]] = _unwatched
     stop: Callable[[], bool] = lambda: False
 
@@ -56,14 +59,19 @@ class UNetLearner:
         start: Pipeline | None,
         replay: Images | None,
         replayed: Int64[np.ndarray, " k"] | None,
+        consolidate: Images | None = None,
     ) -> Pipeline:
         """The model at the end of a run.
+
+        Args:
+            consolidate: images of the task that `start` learnt, to be kept by elastic weight consolidation; None for none of it.
 
         Raises: Unfinished; RunError as `run`.
         """
         chosen = self.first if start is None else self.later
         settings = dataclasses.replace(chosen, length=dataclasses.replace(chosen.length, seed=seed))
-        task = Task(images, replay, replayed, start)
+        kept = None if consolidate is None else Consolidation(consolidate, self.strength)
+        task = Task(images, replay, replayed, start, consolidation=kept)
         folder = self.folder / name
         found = completed(folder, task, settings)
         if found is None:

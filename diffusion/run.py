@@ -28,6 +28,7 @@ from PIL import Image
 from diffusion import figures, logs
 from diffusion.checkpoint import CheckpointError, Checkpoints
 from diffusion.config import UNetConfig
+from diffusion.consolidation import Consolidation
 from diffusion.feed import Feed
 from diffusion.generate import generate
 from diffusion.layout import Layout
@@ -43,6 +44,8 @@ from hopjax.cli.tasks import description, load
 from hopjax.data import Images
 
 RUN, LOG, CURVE, CHECKPOINTS, SAMPLES, MODEL = "run.json", "log.jsonl", "loss.png", "checkpoints", "samples", "model"
+# Its name in run.json.
+CONSOLIDATION = "consolidation"
 # Images on a sheet.
 SHEET = 64
 # Steps after which progress is told.
@@ -89,6 +92,7 @@ class Task(NamedTuple):
         replayed: their places in that task's data, kept in the checkpoints.
         start: the model to go on from; None for random parameters.
         source: where the images were read, for `held_out`; JSON.
+        consolidation: what is kept of the task that `start` learnt; None for nothing.
     """
 
     images: Images
@@ -96,6 +100,7 @@ class Task(NamedTuple):
     replayed: np.ndarray | None = None
     start: Pipeline | None = None
     source: Mapping[str, Any] | None = None
+    consolidation: Consolidation | None = None
 
 
 class Finished(NamedTuple):
@@ -109,9 +114,15 @@ class Finished(NamedTuple):
 def config_of(task: Task, settings: Settings) -> UNetConfig:
     """The network's configuration.
 
-    Raises: RunError if the images do not fit the model to go on from.
+    Raises: RunError if the images do not fit the model to go on from, or what is to be kept of it.
     """
     shape = task.images.pixels.shape[1:]
+    if task.consolidation is not None:
+        if task.start is None:
+            raise RunError("there is nothing to consolidate in a model that has learnt nothing: give one to start from")
+        kept = task.consolidation.images.pixels.shape[1:]
+        if kept != shape:
+            raise RunError(f"the images to consolidate have shape {kept}, those to learn {shape}: they must be alike")
     if task.start is None:
         return settings.network.config(*shape)
     config, objective = task.start.unet.config, task.start.objective
@@ -138,7 +149,7 @@ def model_of(task: Task, settings: Settings) -> UNet:
 
 def identity(task: Task, settings: Settings) -> dict[str, Any]:
     """All that the parameters at the end depend on, as JSON."""
-    return {
+    known = {
         "settings": settings.to_json(),
         "network": config_of(task, settings).to_json(),
         "source": None if task.source is None else dict(task.source),
@@ -146,6 +157,8 @@ def identity(task: Task, settings: Settings) -> dict[str, Any]:
         "replay": None if task.replay is None else description(task.replay),
         "start": None if task.start is None else task.start.fingerprint(),
     }
+    # Runs without one say nothing of it: they are the runs they were before there were any.
+    return known if task.consolidation is None else known | {CONSOLIDATION: task.consolidation.to_json()}
 
 
 def completed(folder: Path, task: Task, settings: Settings) -> Pipeline | None:
@@ -164,7 +177,7 @@ def _read(folder: Path, names: Iterable[str]) -> dict[str, Any]:
     file = folder / RUN
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        return {name: found[name] for name in names}
+        return {name: found[name] if name != CONSOLIDATION else found.get(name) for name in names}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{file} was not written by this version: name another folder") from error
 
@@ -175,7 +188,8 @@ def check(folder: Path, wanted: dict[str, Any]) -> None:
     Raises: RunError showing what differs.
     """
     if (folder / RUN).exists():
-        changed = difference(_read(folder, wanted), json.loads(json.dumps(wanted)))
+        whole = {CONSOLIDATION: None, **wanted}
+        changed = difference(_read(folder, whole), json.loads(json.dumps(whole)))
         if changed:
             raise RunError(f"{folder} holds a run with other settings: {'; '.join(changed)}. Give the same, or name another folder")
         return
@@ -237,6 +251,12 @@ def run(
         if begun:
             say(f"going on from step {begun:,} of {steps:,}")
         if begun < steps:
+            if task.consolidation is not None:
+                say("estimating the Fisher information")
+                # No step has this number.
+                key = jax.random.fold_in(settings.key("training"), np.uint32(2**32 - 1))
+                penalty = task.consolidation.penalty(program.graphdef, params, program.objective, key=key)
+                program = dataclasses.replace(program, penalty=penalty)
             say("compiling")
             step = program.compile(state, feed.batch(0))
             kept = _logs(folder, begun, settings, wandb)

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, Shaped
 
 from diffusion.backend import compiler_options
+from diffusion.consolidation import Penalty
 from diffusion.feed import Feed
 from diffusion.layout import sharded_batch, state_shardings
 from diffusion.objective import Denoising
@@ -42,7 +43,9 @@ class Measured(NamedTuple):
     """What a step says of itself, before its update."""
 
     loss: Float[Array, ""]
+    """Of the images, without a penalty,"""
     gradient_norm: Float[Array, ""]
+    """and the norm of the gradient, with it."""
     part_losses: Float[Array, " parts"]
     """Sum of the losses at the timesteps of each tenth of the schedule,"""
     part_counts: Int[Array, " parts"]
@@ -63,6 +66,7 @@ class Program:
         optimiser: for a run of `steps` steps.
         ema: decay of the average of the parameters.
         mesh: the devices.
+        penalty: whose gradient is added to the loss's; None for none.
     """
 
     graphdef: Any
@@ -71,6 +75,7 @@ class Program:
     steps: int
     ema: float
     mesh: Mesh
+    penalty: Penalty | None = None
 
     def initial(self, params: Any) -> TrainState:
         """The state before the first step, on the devices; the arrays of `params` are not given away."""
@@ -95,20 +100,34 @@ class Program:
         return jax.device_get(_gather(self.mesh)(tree))
 
     def compile(self, state: TrainState, batch: Shaped[np.ndarray, "n h w c"]) -> Any:
-        """The compiled step (state, batch, key) → (state, Measured), which takes the state's memory over; `state` may be abstract."""
-        shardings = state_shardings(self.mesh, state)
+        """The compiled step (state, batch, key) → (state, Measured), which takes the state's memory over; `state` may be abstract.
+
+        Raises: ValueError for a penalty on the parameters of another network.
+        """
+        if self.penalty is not None:
+            self.penalty.check(state.params)
+        held = () if self.penalty is None else (self.penalty,)
+        shardings, held_shardings = state_shardings(self.mesh, (state, held))
         split = NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names))
         whole = NamedSharding(self.mesh, PartitionSpec())
         step = jax.jit(
             self._step,
             donate_argnums=0,
-            in_shardings=(shardings, split, whole),
+            in_shardings=(shardings, split, whole, *held_shardings),
             out_shardings=(shardings, whole),
             compiler_options=compiler_options(),
         )
-        return step.lower(state, jax.ShapeDtypeStruct(batch.shape, batch.dtype), jax.eval_shape(lambda: jax.random.key(0))).compile()
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        compiled = step.lower(state, jax.ShapeDtypeStruct(batch.shape, batch.dtype), key, *held).compile()
+        if not held:
+            return compiled
+        # An argument: as a constant it would be a part of the program, twice as large as the network.
+        placed = jax.jit(lambda tree: tree, out_shardings=held_shardings)(held)
+        return lambda state, batch, key: compiled(state, batch, key, *placed)
 
-    def _step(self, state: TrainState, batch: Shaped[Array, "n h w c"], key: Key[Array, ""]) -> tuple[TrainState, Measured]:
+    def _step(
+        self, state: TrainState, batch: Shaped[Array, "n h w c"], key: Key[Array, ""], penalty: Penalty | None = None
+    ) -> tuple[TrainState, Measured]:
         loss_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
         images = to_model(batch)
 
@@ -118,6 +137,8 @@ class Program:
             return jnp.mean(found.losses), found
 
         (mean, found), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
+        if penalty is not None:
+            gradients = jax.tree.map(jnp.add, gradients, jax.grad(penalty.value)(state.params))
         updates, opt_state = self.optimiser.transformation(self.steps).update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         step = state.step + 1
