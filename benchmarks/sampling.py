@@ -1,4 +1,4 @@
-"""Sampling with a small network: all digits by one program, at the speed of the network alone; and what feeding a step costs."""
+"""Sampling and reconstruction with a small network, at the speed of the network alone; and what feeding a step costs."""
 
 import time
 from collections.abc import Iterator
@@ -10,9 +10,11 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.row import Bench, Goal, Row
+from diffusion.assess import Reconstruction, assess
 from diffusion.backend import compiler_options
 from diffusion.feed import Feed
 from diffusion.generate import _batch, generate
+from diffusion.pipeline import Pipeline
 from diffusion.samplers import DDIM
 from diffusion.settings import PRESETS
 from hopjax import data
@@ -61,6 +63,7 @@ def measure(bench: Bench) -> Iterator[Row]:
     )
 
     images = data.read("mnist-5k").pixels
+    yield from _reconstruction(bench, Pipeline(model, objective), images[:count], program, params, noise)
     feed = Feed(images, settings.length.batch_size, 0, images[:500], None)
     start = time.perf_counter()
     batches = 2000
@@ -73,4 +76,27 @@ def measure(bench: Bench) -> Iterator[Row]:
         ours / (count * STEPS) * settings.length.batch_size * 3,
         goals=(Goal("ratio", "≥", 50),),
         note="peer: a training step, taken as three evaluations of the network; new orders of each epoch included",
+    )
+
+
+def _reconstruction(bench: Bench, model: Pipeline, images: np.ndarray, program: Any, params: Any, noise: jax.Array) -> Iterator[Row]:
+    """Half of the schedule takes half of the evaluations, for each of two draws: as many as one batch of samples."""
+    measure = Reconstruction(timestep=model.objective.schedule.timesteps // 2, draws=2)
+
+    def reconstruct() -> Any:
+        return assess(model, images, measure, key=jax.random.key(2), batch=BATCH)
+
+    def alone() -> None:
+        for _ in range(len(images) // BATCH):
+            jax.block_until_ready(program(params, noise))
+
+    ours, network = bench.medians(f"{len(images):,} reconstructions", bench.size(3, 1), reconstruct, alone)
+    evaluations = int(reconstruct().evaluations.max())
+    assert evaluations == STEPS
+    yield Row(
+        f"{len(images):,} digits reconstructed from the middle of the schedule, two draws",
+        ours,
+        network,
+        goals=(Goal("ratio", "≥", 0.95),),
+        note=f"peer: the same {len(images) * evaluations:,} evaluations of the network alone, in batches of {BATCH}",
     )

@@ -1,85 +1,40 @@
-"""The continual-learning protocol: learn Task 1, rank its samples by energy, learn Task 2 under replay policies, see what was lost.
+"""The continual-learning protocol: learn Task 1, rank its samples by energy, learn later tasks under replay policies, see what was lost.
 
-The protocol knows nothing of networks: a `Learner` learns tasks and reconstructs images. Every stage is kept by what it depends on
+The protocol knows nothing of networks: a `Learner` learns tasks, and is asked what it knows. Every stage is kept by what it depends on
 (`diffusion.stages`, and the folders of runs), so that an experiment that was cut off goes on, and one that is asked again is read.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, UInt8
 
+from diffusion.assess import to_8_bits
 from diffusion.complexity import png_bytes, total_variation
+from diffusion.judge import CONFIDENCE, Judge
+from diffusion.likelihood import Draws, intrinsic_forgetting
+from diffusion.protocol import BUFFERS, Learner, Model, Plan
 from diffusion.stages import Stages
 from hopjax.cli.survey import Survey
 from hopjax.cli.table import Table
 from hopjax.cli.tasks import description
 from hopjax.data import Images
+from hopjax.perturbation import perturbation_sharpness
+from hopjax.tiled import summarise
 
-NONE = "none"
-# Names here → policies of `python -m hopjax buffer`.
-BUFFERS = {"high": "highest", "random": "random", "low": "lowest", "stratified": "stratified", "coverage": "coverage"}
-# What bounds and controls them: Task 1 and Task 2 together; Task 1 once more, for as long.
-CONTROLS = ("joint", "continued")
-POLICIES = (NONE, *BUFFERS, *CONTROLS)
+BEFORE, CONTROL, REAL = "before", "control", "real"
+# Generated images that are kept to be looked at.
+SHEET = 64
+# Of the rate at which real images are recognised, what a model of Task 1 must reach for the experiment to say anything.
+REQUIRED = 0.6
 
-Model = TypeVar("Model")
-
-
-@runtime_checkable
-class Learner(Protocol[Model]):
-    """What can be taught tasks, one after another, and asked for reconstructions."""
-
-    def learn(self, name: str, seed: int, images: Images, *, start: Model | None, replay: Images | None, replayed: Any) -> Model:
-        """The model after a task, from the one before; `name` is unique within the experiment, and resumes what it began."""
-
-    def fingerprint(self, model: Model) -> str:
-        """Equal for equal models."""
-
-    def reconstruct(
-        self, model: Model, images: Images, *, timestep: int, draws: int, seed: int, progress: Callable[[int], None]
-    ) -> Float[np.ndarray, "n m"]:
-        """Errors of reconstruction, a column for each draw; equal seeds are equal noise for every model."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is compared, on how many samples.
-
-    Attributes:
-        policies: ways of learning Task 2, `none` among them.
-        buffer: samples of Task 1 that are replayed.
-        seeds: of everything random in learning; each is an experiment of its own.
-        samples: of Task 1 whose reconstruction is measured, equally spaced in the order of energies; None for all.
-        timesteps: from which they are reconstructed; the first is the main one.
-        draws: of the noise for each sample and timestep; as many again, independent, are the control for regression to the mean.
-
-    Raises: ValueError naming what cannot be.
-    """
-
-    policies: tuple[str, ...] = (NONE, "high", "random", "low", "coverage")
-    buffer: int = 500
-    seeds: tuple[int, ...] = (0, 1, 2)
-    samples: int | None = 1000
-    timesteps: tuple[int, ...] = (500,)
-    draws: int = 2
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be compared."""
-        for policy in self.policies:
-            if policy not in POLICIES:
-                raise ValueError(f"policies = {policy!r} is not known: take some of {', '.join(POLICIES)}")
-        if NONE not in self.policies or len(set(self.policies)) < len(self.policies):
-            raise ValueError(f"policies = {', '.join(self.policies)}: each once, and {NONE!r} among them, to which they are compared")
-        for name, values in (("seeds", self.seeds), ("timesteps", self.timesteps)):
-            if not values or len(set(values)) < len(values) or min(values) < 0:
-                raise ValueError(f"{name} = {values} must be one or more different numbers, none negative")
-        for name, value in (("buffer", self.buffer), ("draws", self.draws), ("samples", 1 if self.samples is None else self.samples)):
-            if value < 1:
-                raise ValueError(f"{name} = {value} is out of range: need {name} ≥ 1")
+Columns = dict[str, np.ndarray]
 
 
 class Stage(NamedTuple):
@@ -89,127 +44,320 @@ class Stage(NamedTuple):
     what: str
 
 
-class Measured(NamedTuple):
-    """An experiment's samples: a row for each measured sample and seed.
+Watch = Callable[[Stage], Callable[[int], None]]
 
-    Columns: seed, place (in Task 1), index (in the data), label, energy, odds (falls as the energy rises, and keeps its digits),
-    sharpness, rise (predicted), png_bytes and total_variation (of the image), and for each timestep t: before@t and control@t (errors
-    before Task 2, from independent noise), and POLICY@t (after it, from the noise of before@t).
+
+class Lesson(NamedTuple):
+    """A model, after so many tasks."""
+
+    policy: str
+    tasks: int
+    model: Any
+
+
+class Measured(NamedTuple):
+    """What an experiment found.
+
+    Attributes:
+        samples: a row for each measured sample of Task 1 and seed. Columns: seed, place (in Task 1), index (in the data), label, energy,
+            odds (falls as the energy rises, and keeps its digits), sharpness, rise (predicted), perturbation (Eq. (84)), energy@β for
+            further β, png_bytes and total_variation (of the image); for each timestep t: before@t and control@t (errors before Task 2,
+            from independent noise), and POLICY@t (after the last task, from the noise of before@t); for the timestep u of densities:
+            MEASURE.POLICY@u and MEASURE.POLICY.error@u, intrinsic forgetting ΔE and its standard error, NaN where it was not measured.
+        tasks: a row for each seed, policy, number of tasks learnt (`after`) and one of those (`task`): the mean `error` of
+            reconstruction of `samples` of its images, from the first timestep.
+        generated: a row for each generated image: seed, policy, the label that a classifier gives it, and its confidence; the rows of
+            policy "real" are of images that the classifier has not seen. None if there are no labels, or nothing was generated.
+        sheets: generated images by SEED.POLICY.
     """
 
-    table: Table
+    samples: Table
+    tasks: Table
+    generated: Table | None
+    sheets: dict[str, UInt8[np.ndarray, "n h w c"]]
 
 
 class Experiment(Generic[Model]):
-    """Two tasks, a learner and a plan, in a folder.
+    """Tasks, a learner and a plan, in a folder.
 
     Args:
-        survey: Task 1's energies and landscape, from `hopjax.cli.survey`.
-        choose: rows of the survey's table for a policy of `python -m hopjax buffer`, a size and a seed.
+        tasks: two or more, of which the first is the one that is forgotten.
+        surveys: of every task but the last, from `hopjax.cli.survey`: energies and landscape.
+        choose: rows of a survey's table for a policy of `python -m hopjax buffer`, a size and a seed.
 
-    Raises: ValueError for a buffer that Task 1 cannot fill.
+    Raises: ValueError for one task, and for a buffer that a task cannot fill.
     """
 
     def __init__(
         self,
         folder: Path,
-        task1: Images,
-        task2: Images,
+        tasks: Sequence[Images],
         learner: Learner[Model],
         plan: Plan,
-        survey: Survey,
+        surveys: Sequence[Survey],
         choose: Callable[[Survey, str, int, int], Int64[np.ndarray, " k"]],
     ) -> None:
-        if plan.buffer > len(task1):
-            raise ValueError(f"buffer = {plan.buffer} is out of range: Task 1 has {len(task1)} samples")
+        if len(tasks) < 2 or len(surveys) != len(tasks) - 1:
+            raise ValueError(f"{len(tasks)} tasks with {len(surveys)} surveys: need two tasks or more, and a survey of all but the last")
+        for number, task in enumerate(tasks[:-1], 1):
+            if plan.buffer > len(task):
+                raise ValueError(f"buffer = {plan.buffer} is out of range: Task {number} has {len(task)} samples")
         self.stages = Stages(folder / "stages")
-        self.task1, self.task2 = task1, task2
-        self.learner, self.plan, self.survey, self.choose = learner, plan, survey, choose
+        self.tasks, self.learner, self.plan, self.surveys, self.choose = tuple(tasks), learner, plan, tuple(surveys), choose
 
-    def measured_rows(self) -> Int64[np.ndarray, " k"]:
+    def measured_rows(self, count: int | None = None) -> Int64[np.ndarray, " k"]:
         """Samples equally spaced in the order of energies, both ends among them, in the order of the data."""
         order = np.argsort(self._odds(), kind="stable")
-        count = len(order) if self.plan.samples is None else min(self.plan.samples, len(order))
-        return np.sort(order[np.unique(np.linspace(0, len(order) - 1, count).round().astype(np.int64))])
+        count = self.plan.samples if count is None else count
+        count = len(order) if count is None else min(count, len(order))
+        return np.sort(order[_spaced(len(order), count)])
 
     def _odds(self) -> Float[np.ndarray, " n"]:
-        table = self.survey.table
+        table = self.surveys[0].table
         return table["log_leakage"].astype(np.float64) - table["log_self_weight"]
 
-    def buffer(self, policy: str, seed: int) -> Int64[np.ndarray, " k"] | None:
-        """The rows of Task 1 that a policy replays; None for none."""
-        if policy == "joint":
-            return np.arange(len(self.task1))
-        if policy not in BUFFERS:
-            return None
+    def buffer(self, policy: str, seed: int, task: int = 0) -> Int64[np.ndarray, " k"]:
+        """The rows of a task that a policy replays."""
         seed = seed if policy in ("random", "stratified") else 0
-        inputs = {"survey": self.survey.table.settings, "policy": policy, "size": self.plan.buffer, "seed": seed}
+        survey = self.surveys[task]
+        inputs = {"survey": survey.table.settings, "policy": policy, "size": self.plan.buffer, "seed": seed}
 
-        def make() -> dict[str, np.ndarray]:
-            return {"rows": self.choose(self.survey, BUFFERS[policy], self.plan.buffer, seed)}
+        def make() -> Columns:
+            return {"rows": self.choose(survey, BUFFERS[policy], self.plan.buffer, seed)}
 
         return self.stages.get(f"buffer-{policy}", inputs, make)["rows"]
 
-    def models(self, seed: int) -> Iterator[tuple[str, Model]]:
-        """The model before Task 2 ("before"), and the one after it under each policy."""
-        before = self.learner.learn(f"seed{seed}/task1", seed, self.task1, start=None, replay=None, replayed=None)
-        yield "before", before
+    def replay(self, policy: str, seed: int, learnt: int, model: Model, progress: Callable[[int], None]) -> tuple[Images | None, Any]:
+        """What a policy replays while a task is learnt after `learnt` others: images, and their places in those tasks, put end to end."""
+        if policy == "generative":
+            count = self.plan.buffer * learnt
+            return self._as_images(self.generated(model, count, seed + 2**31, progress)), None
+        if policy == "joint":
+            rows = [np.arange(len(task)) for task in self.tasks[:learnt]]
+        elif policy in BUFFERS:
+            rows = [self.buffer(policy, seed, task) for task in range(learnt)]
+        else:
+            return None, None
+        parts = [task.take(chosen) for task, chosen in zip(self.tasks, rows, strict=False)]
+        begin = np.cumsum([0, *(len(task) for task in self.tasks)])
+        return _joined(parts), np.concatenate([first + chosen for first, chosen in zip(begin, rows, strict=False)])
+
+    def lessons(self, seed: int, watch: Watch) -> Iterator[Lesson]:
+        """The model after Task 1 ("before"), and those after each later task under each policy."""
+        before = self.learner.learn(f"seed{seed}/task1", seed, self.tasks[0], start=None, replay=None, replayed=None)
+        yield Lesson(BEFORE, 1, before)
         for policy in self.plan.policies:
-            rows = self.buffer(policy, seed)
-            images = self.task1 if policy == "continued" else self.task2
-            replay = None if rows is None else self.task1.take(rows)
-            yield policy, self.learner.learn(f"seed{seed}/{policy}", seed, images, start=before, replay=replay, replayed=rows)
+            model = before
+            for learnt in range(1, len(self.tasks)):
+                images = self.tasks[0 if policy == "continued" else learnt]
+                replay, places = self.replay(policy, seed, learnt, model, watch(Stage(seed, f"generating what {policy} replays")))
+                name = f"seed{seed}/{policy}" + f"-task{learnt + 1}" * (learnt > 1)
+                held = {"consolidate": self.tasks[learnt - 1]} if policy == "ewc" else {}
+                model = self.learner.learn(name, seed, images, start=model, replay=replay, replayed=places, **held)
+                yield Lesson(policy, learnt + 1, model)
 
     def errors(self, model: Model, images: Images, timestep: int, noise: int, progress: Callable[[int], None]) -> Float[np.ndarray, " n"]:
         """Mean error of reconstruction of each image over the draws."""
-        inputs = {
-            "model": self.learner.fingerprint(model),
-            "images": description(images)["sha256"],
-            "timestep": timestep,
-            "draws": self.plan.draws,
-            "noise": noise,
-        }
+        draws = self.plan.draws
+        inputs = self._inputs(model, images) | {"timestep": timestep, "draws": draws, "noise": noise}
 
-        def make() -> dict[str, np.ndarray]:
-            draws = self.plan.draws
+        def make() -> Columns:
             return {"errors": self.learner.reconstruct(model, images, timestep=timestep, draws=draws, seed=noise, progress=progress)}
 
         return self.stages.get("reconstruct", inputs, make)["errors"].mean(axis=1, dtype=np.float64)
 
-    def run(self, watch: Callable[[Stage], Callable[[int], None]] = lambda _: lambda _: None) -> Measured:
+    def log_densities(self, model: Model, images: Images, measure: str, noise: int, progress: Callable[[int], None]) -> Draws:
+        """log p of each image at the timestep of densities."""
+        how = self.plan.densities
+        assert how is not None
+        # What the measure does not depend on shall not make it another question.
+        apart = {"samples", "measures", "policies", *(("probes", "tolerance") if measure == "bound" else ("draws", "steps"))}
+        asked = {name: value for name, value in dataclasses.asdict(how).items() if name not in apart}
+        inputs = self._inputs(model, images) | {"measure": measure, "noise": noise, **asked}
+
+        def make() -> Columns:
+            found = self.learner.log_densities(model, images, measure, how, seed=noise, progress=progress)
+            return {name: np.asarray(column) for name, column in found._asdict().items()}
+
+        return Draws(**{name: jnp.asarray(column) for name, column in self.stages.get("density", inputs, make).items()})
+
+    def generated(self, model: Model, count: int, noise: int, progress: Callable[[int], None]) -> UInt8[np.ndarray, "n h w c"]:
+        """Images of a model."""
+        height, width, channels = self.tasks[0].pixels.shape[1:]
+        inputs = {"model": self.learner.fingerprint(model), "count": count, "noise": noise, "shape": [height, width, channels]}
+
+        def make() -> Columns:
+            return {"images": self.learner.generate(model, (height, width, channels), count, seed=noise, progress=progress)}
+
+        return self.stages.get("generate", inputs, make)["images"]
+
+    def _inputs(self, model: Model, images: Images) -> dict[str, Any]:
+        return {"model": self.learner.fingerprint(model), "images": description(images)["sha256"]}
+
+    def _as_images(self, pixels: UInt8[np.ndarray, "n h w c"]) -> Images:
+        """Generated images in the numbers of Task 1."""
+        first = self.tasks[0]
+        like = pixels if first.pixels.dtype == np.uint8 else (pixels / 255).astype(np.float32)
+        return dataclasses.replace(first, pixels=like, labels=None, source="generated images", warnings=(), skipped=())
+
+    @functools.cached_property
+    def _halves(self) -> tuple[Images, Images]:
+        """Images of Task 1 that a classifier learns from, and those that it does not see: in random order, whatever that of the data."""
+        order = np.random.default_rng(0).permutation(len(self.tasks[0]))
+        return self.tasks[0].take(np.sort(order[::2])), self.tasks[0].take(np.sort(order[1::2]))
+
+    @functools.cached_property
+    def _judge(self) -> Judge:
+        return Judge(self._halves[0])
+
+    def judged(self, images: Images) -> Columns:
+        """Labels and confidences, of a classifier that has learnt half of Task 1."""
+        inputs = {"images": description(images)["sha256"], "task1": description(self.tasks[0])["sha256"]}
+
+        def make() -> Columns:
+            found = self._judge(images)
+            return {"label": found.labels, "confidence": found.confidence}
+
+        return self.stages.get("judge", inputs, make)
+
+    def _can_judge(self) -> bool:
+        labels = self._halves[0].labels
+        if labels is None or not self.plan.generated:
+            return False
+        counts = np.unique(labels, return_counts=True)[1]
+        return len(counts) > 1 and int(counts.min()) >= 5
+
+    def run(self, watch: Watch = lambda _: lambda _: None) -> Measured:
         """All stages of all seeds that are not there yet.
 
         Args:
             watch: told what begins; gives a function to be told how many more images are done.
         """
+        judging = self._can_judge()
         rows = self.measured_rows()
-        images = self.task1.take(rows)
-        surveyed, odds = self.survey.table, self._odds()
-        shared: dict[str, np.ndarray] = {"place": rows, "index": surveyed["index"][rows]}
-        if "label" in surveyed:
-            shared["label"] = surveyed["label"][rows]
-        shared |= {name: surveyed[name][rows].astype(np.float64) for name in ("energy", "sharpness", "rise")}
-        shared |= {"odds": odds[rows], "png_bytes": png_bytes(_bytes(images)), "total_variation": total_variation(_bytes(images))}
-        columns: dict[str, list[np.ndarray]] = {}
+        shared = self._of_samples(rows)
+        samples, tasks, generated, sheets = [], [], [], {}
+        if judging:
+            unseen = self._halves[1]
+            generated += [{"seed": _full(seed, unseen), "policy": _full(REAL, unseen), **self.judged(unseen)} for seed in self.plan.seeds]
         for seed in self.plan.seeds:
             found = {"seed": np.full(len(rows), seed), **shared}
-            for name, model in self.models(seed):
-                for timestep in self.plan.timesteps:
-                    asked = [(name, seed)] if name != "before" else [(name, seed), ("control", seed + 2**31)]
-                    for column, noise in asked:
-                        told = watch(Stage(seed, f"reconstructing {column} from {timestep}"))
-                        found[f"{column}@{timestep}"] = self.errors(model, images, timestep, noise, told)
-            for column, values in found.items():
-                columns.setdefault(column, []).append(values)
-        settings = {**surveyed.settings, "command": "run", "plan": _plain(self.plan)}
-        return Measured(Table({column: np.concatenate(parts) for column, parts in columns.items()}, settings))
+            densities: dict[str, Draws] = {}
+            for lesson in self.lessons(seed, watch):
+                tasks += self._of_tasks(lesson, seed, rows, watch)
+                if lesson.tasks < len(self.tasks) and lesson.policy != BEFORE:
+                    continue
+                found |= self._of_lesson(lesson, seed, rows, watch) | self._forgetting(lesson, seed, rows, densities, watch)
+                if self.plan.generated:
+                    told = watch(Stage(seed, f"generating by {lesson.policy}"))
+                    images = self.generated(lesson.model, self.plan.generated, seed, told)
+                    sheets[f"{seed}.{lesson.policy}"] = images[:SHEET]
+                    if judging:
+                        own = {"seed": _full(seed, images), "policy": _full(lesson.policy, images)}
+                        generated.append(own | self.judged(self._as_images(images)))
+            samples.append(found)
+        settings = {**self.surveys[0].table.settings, "command": "run", "plan": self.plan.to_json()}
+        settings |= {f"task{number}": description(task) for number, task in enumerate(self.tasks, 1)}
+        settings |= {"accept": CONFIDENCE, "required": REQUIRED}
+        judged = Table(_stacked(generated), settings) if judging else None
+        return Measured(Table(_stacked(samples), settings), Table(_stacked(tasks), settings), judged, sheets)
+
+    def _of_samples(self, rows: Int64[np.ndarray, " k"]) -> Columns:
+        """What is known of samples before anything is learnt."""
+        survey, pixels = self.surveys[0], to_8_bits(self.tasks[0].take(rows).pixels)
+        found: Columns = {"place": rows, "index": survey.table["index"][rows]}
+        if "label" in survey.table:
+            found["label"] = survey.table["label"][rows]
+        found |= {name: survey.table[name][rows].astype(np.float64) for name in ("energy", "sharpness", "rise")}
+        memories, states = survey.landscape.memories, survey.landscape.memories[rows]
+        inputs = {"survey": survey.table.settings, "rows": rows.tolist()}
+
+        def perturbed() -> Columns:
+            return {"mean": perturbation_sharpness(jax.random.key(0), states, memories, survey.landscape.beta).mean}
+
+        found["perturbation"] = self.stages.get("perturbation", inputs, perturbed)["mean"].astype(np.float64)
+        for beta in self.plan.betas:
+
+            def at(beta: float = beta) -> Columns:
+                return summarise(states, memories, beta, ["energy"], own=rows)
+
+            found[f"energy@{beta:g}"] = self.stages.get("energy", inputs | {"beta": beta}, at)["energy"].astype(np.float64)
+        return found | {"odds": self._odds()[rows], "png_bytes": png_bytes(pixels), "total_variation": total_variation(pixels)}
+
+    def _of_lesson(self, lesson: Lesson, seed: int, rows: Int64[np.ndarray, " k"], watch: Watch) -> Columns:
+        """Errors of Task 1's samples."""
+        found, images = {}, self.tasks[0].take(rows)
+        for timestep in self.plan.timesteps:
+            for column, noise in [(lesson.policy, seed)] + [(CONTROL, seed + 2**31)] * (lesson.policy == BEFORE):
+                told = watch(Stage(seed, f"reconstructing {column} from {timestep}"))
+                found[f"{column}@{timestep}"] = self.errors(lesson.model, images, timestep, noise, told)
+        return found
+
+    def _of_tasks(self, lesson: Lesson, seed: int, rows: Int64[np.ndarray, " k"], watch: Watch) -> list[Columns]:
+        """Mean errors of all tasks learnt so far; before the second one they are those of every policy."""
+        found = []
+        for number, task in enumerate(self.tasks[: lesson.tasks], 1):
+            chosen = rows if number == 1 else _spaced(len(task), min(self.plan.later, len(task)))
+            told = watch(Stage(seed, f"reconstructing Task {number} by {lesson.policy}"))
+            errors = self.errors(lesson.model, task.take(chosen), self.plan.timesteps[0], seed, told)
+            for policy in self.plan.policies if lesson.policy == BEFORE else (lesson.policy,):
+                row = {
+                    "seed": seed,
+                    "policy": policy,
+                    "after": lesson.tasks,
+                    "task": number,
+                    "error": errors.mean(),
+                    "samples": len(chosen),
+                }
+                found.append({name: np.array([value]) for name, value in row.items()})
+        return found
+
+    def _forgetting(self, lesson: Lesson, seed: int, rows: Int64[np.ndarray, " k"], before: dict[str, Draws], watch: Watch) -> Columns:
+        """Intrinsic forgetting of some of the samples; `before` gets the densities of the model before, by measure."""
+        how = self.plan.densities
+        found: Columns = {}
+        if how is None or lesson.policy not in (BEFORE, *how.policies):
+            return found
+        order = np.argsort(self._odds()[rows], kind="stable")
+        chosen = np.sort(order[_spaced(len(order), min(how.samples, len(order)))])
+        images = self.tasks[0].take(rows[chosen])
+        for measure in how.measures:
+            told = watch(Stage(seed, f"densities by {lesson.policy}, {measure}"))
+            after = self.log_densities(lesson.model, images, measure, seed, told)
+            if lesson.policy == BEFORE:
+                before[measure] = after
+                continue
+            lost = intrinsic_forgetting(before[measure], after, self.learner.schedule, timestep=how.timestep)
+            for name, values in (("", lost.mean), (".error", lost.standard_error)):
+                column = np.full(len(rows), np.nan)
+                column[chosen] = np.asarray(values)
+                found[f"{measure}.{lesson.policy}{name}@{how.timestep}"] = column
+        return found
 
 
-def _plain(plan: Plan) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(plan).items()}
+def _spaced(length: int, count: int) -> Int64[np.ndarray, " k"]:
+    """`count` of `length` places, equally spaced, both ends among them."""
+    return np.unique(np.linspace(0, length - 1, count).round().astype(np.int64))
 
 
-def _bytes(images: Images) -> np.ndarray:
-    from diffusion.assess import to_8_bits
+def _full(value: Any, like: Any) -> np.ndarray:
+    return np.full(len(like), value)
 
-    return to_8_bits(images.pixels)
+
+def _joined(parts: Sequence[Images]) -> Images:
+    """One after another; labels only if all have them."""
+    if len(parts) == 1:
+        return parts[0]
+    labels = [part.labels for part in parts if part.labels is not None]
+    return dataclasses.replace(
+        parts[0],
+        pixels=np.concatenate([part.pixels for part in parts]),
+        labels=np.concatenate(labels) if len(labels) == len(parts) else None,
+        source="; ".join(part.source for part in parts),
+        warnings=tuple(line for part in parts for line in part.warnings),
+        skipped=tuple(line for part in parts for line in part.skipped),
+    )
+
+
+def _stacked(parts: Sequence[Columns]) -> Columns:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -7,14 +7,21 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int64
+from flax import nnx
+from jaxtyping import Float, Int64, UInt8
 
-from diffusion.assess import Reconstruction, assess
+from diffusion.assess import CleanDensity, Measure, Reconstruction, assess
 from diffusion.consolidation import STRENGTH, Consolidation
+from diffusion.generate import generate
+from diffusion.likelihood import Draws, FlowLogDensity, Hutchinson
 from diffusion.pipeline import Pipeline, read_pipeline
+from diffusion.protocol import Densities
 from diffusion.run import MODEL, Rhythm, Task, completed, run
+from diffusion.samplers import ProbabilityFlow
+from diffusion.schedules import Schedule
 from diffusion.settings import Settings
 from diffusion.train import Record
+from diffusion.variational import VariationalBound
 from hopjax.data import Images
 
 
@@ -82,6 +89,11 @@ class UNetLearner:
             found = read_pipeline(folder / MODEL)
         return found
 
+    @property
+    def schedule(self) -> Schedule:
+        """Of the noise."""
+        return self.first.noise.objective().schedule
+
     def fingerprint(self, model: Pipeline) -> str:
         """Of the parameters and the noise that they were trained on."""
         return model.fingerprint()
@@ -90,6 +102,25 @@ class UNetLearner:
         self, model: Pipeline, images: Images, *, timestep: int, draws: int, seed: int, progress: Callable[[int], None]
     ) -> Float[np.ndarray, "n m"]:
         """See `diffusion.assess.Reconstruction`."""
+        return np.asarray(self._assess(model, images, Reconstruction(timestep, draws), seed, progress).values)
+
+    def log_densities(
+        self, model: Pipeline, images: Images, measure: str, how: Densities, *, seed: int, progress: Callable[[int], None]
+    ) -> Draws:
+        """See `diffusion.assess.CleanDensity`."""
+        flow = FlowLogDensity(Hutchinson(how.probes), ProbabilityFlow(how.tolerance, how.tolerance))
+        log_density = flow if measure == "flow" else VariationalBound(how.steps, how.draws)
+        return self._assess(model, images, CleanDensity(log_density, how.timestep), seed, progress)
+
+    def generate(
+        self, model: Pipeline, shape: tuple[int, int, int], count: int, *, seed: int, progress: Callable[[int], None]
+    ) -> UInt8[np.ndarray, "n h w c"]:
+        """By the default sampler of `diffusion.generate`."""
+        graphdef, params = nnx.split(model.unet, nnx.Param)
+        key = jax.random.key(seed)
+        return generate(graphdef, params, model.objective, shape, count, key=key, batch=self.batch, progress=progress).images
+
+    def _assess(self, model: Pipeline, images: Images, measure: Measure, seed: int, progress: Callable[[int], None]) -> Draws:
         done = 0
 
         def tell(now: int, _: int) -> None:
@@ -97,6 +128,4 @@ class UNetLearner:
             progress(now - done)
             done = now
 
-        measure = Reconstruction(timestep, draws)
-        found = assess(model, images.pixels, measure, key=jax.random.key(seed), batch=self.batch, progress=tell)
-        return np.asarray(found.values)
+        return assess(model, images.pixels, measure, key=jax.random.key(seed), batch=self.batch, progress=tell)

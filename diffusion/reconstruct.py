@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from diffusion.likelihood import Draws
-from diffusion.samplers import DDIM, Network, Sampler
+from diffusion.samplers import DDIM, Network, Sampler, Samples
 from diffusion.schedules import Schedule
 
 # Evaluations of the reverse process from the last timestep; from an earlier one proportionally fewer.
@@ -23,6 +23,28 @@ STEPS = 50
 def reverse_process(schedule: Schedule, timestep: int) -> DDIM:
     """DDIM with the paper's 50 evaluations for the whole schedule, and the same distance between timesteps from `timestep` down."""
     return DDIM(max(1, math.ceil(STEPS * timestep / schedule.timesteps)))
+
+
+def reconstructions(
+    epsilon: Network,
+    clean: Float[Array, "n *shape"],
+    schedule: Schedule,
+    keys: Key[Array, " n"],
+    *,
+    timestep: int = 500,
+    draw: Int[Array, ""] | int = 0,
+    sampler: Sampler | None = None,
+    clip: float | int | None = 1,
+) -> Samples:
+    """x̂₀ of each image, for one draw of the noise; arguments and errors as for `reconstruction_errors`."""
+    if not 0 < timestep < schedule.timesteps:
+        raise ValueError(f"timestep = {timestep} is out of range: need 0 < timestep < {schedule.timesteps}")
+    sampler = reverse_process(schedule, timestep) if sampler is None else sampler
+    pairs = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, draw)))(keys)
+    noise = jax.vmap(lambda key: jax.random.normal(key, clean.shape[1:], clean.dtype))(pairs[:, 0])
+    noisy = schedule.add_noise(clean, noise, jnp.full(len(clean), timestep))
+    found = sampler(epsilon, noisy, schedule, key=pairs[0, 1], start=timestep)
+    return found if clip is None else found._replace(images=jnp.clip(found.images, -clip, clip))
 
 
 def reconstruction_errors(
@@ -53,18 +75,11 @@ def reconstruction_errors(
     """
     if draws < 1:
         raise ValueError(f"draws = {draws} is out of range: need draws ≥ 1")
-    if not 0 < timestep < schedule.timesteps:
-        raise ValueError(f"timestep = {timestep} is out of range: need 0 < timestep < {schedule.timesteps}")
-    sampler = reverse_process(schedule, timestep) if sampler is None else sampler
     axes = tuple(range(1, clean.ndim))
 
     def draw(index: Int[Array, ""]) -> tuple[Array, Array]:
-        pairs = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, index)))(keys)
-        noise = jax.vmap(lambda key: jax.random.normal(key, clean.shape[1:], clean.dtype))(pairs[:, 0])
-        noisy = schedule.add_noise(clean, noise, jnp.full(len(clean), timestep))
-        found = sampler(epsilon, noisy, schedule, key=pairs[0, 1], start=timestep)
-        images = found.images if clip is None else jnp.clip(found.images, -clip, clip)
-        return jnp.mean(jnp.square(images - clean), axis=axes), found.evaluations
+        found = reconstructions(epsilon, clean, schedule, keys, timestep=timestep, draw=index, sampler=sampler, clip=clip)
+        return jnp.mean(jnp.square(found.images - clean), axis=axes), found.evaluations
 
     errors, evaluations = jax.lax.map(draw, jnp.arange(draws))
     return Draws(errors.T, jnp.full(len(clean), jnp.sum(evaluations)))

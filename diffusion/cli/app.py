@@ -3,7 +3,7 @@
 from cyclopts import App
 
 from diffusion.cli.experiment import report, run, trial_table
-from diffusion.cli.measure import judge, likelihood
+from diffusion.cli.measure import judge, likelihood, reconstruct
 from diffusion.cli.models import export, import_, sample
 from diffusion.cli.train import preset_table, presets, train
 
@@ -27,6 +27,7 @@ app.command(train, help_epilogue=f"What the presets set; everything else has the
 app.command(run, help_epilogue=f"The presets:\n\n{trial_table()}")
 app.command(report)
 app.command(sample)
+app.command(reconstruct)
 app.command(likelihood)
 app.command(judge)
 app.command(export)

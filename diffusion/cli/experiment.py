@@ -1,10 +1,13 @@
 """`run` and `report`: the continual-learning experiment on two tasks, and its page."""
 
 import dataclasses
+import io
 import json
 import math
+import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from cyclopts import Parameter
@@ -18,14 +21,45 @@ from hopjax.cli.options import BufferSize, Choice, Machine, Model, Reading, Temp
 from hopjax.cli.output import check_writable, write
 from hopjax.cli.progress import Screen
 
-TABLE, FINDINGS, PAGE, ENERGIES = "samples.parquet", "findings.json", "report.html", "energies.parquet"
+if TYPE_CHECKING:
+    from diffusion.protocol import Plan
+    from hopjax.cli.table import Table
+    from hopjax.data import Images
+
+Number = TypeVar("Number", int, float)
+TABLE, TASKS, GENERATED, SHEETS = "samples.parquet", "tasks.parquet", "generated.parquet", "generated.npz"
+FINDINGS, PAGE, ENERGIES = "findings.json", "report.html", "energies.parquet"
 
 
-def _numbers(option: str, text: str) -> tuple[int, ...]:
+@Parameter(name="*", group="Changes of log density")
+@dataclasses.dataclass(frozen=True)
+class Density:
+    """How intrinsic forgetting is measured directly."""
+
+    densities: Annotated[int, Parameter(help="Samples of which the change of log density is measured, too; 0 for none.")] = 100
+    density_timestep: Annotated[int, Parameter(help="At which they are placed.")] = 300
+    density_policies: Annotated[str, Parameter(help="After Task 2 by these policies.")] = "none"
+    measures: Annotated[str, Parameter(help="By the variational bound, the probability flow, or both.")] = "bound,flow"
+
+    def plan(self) -> Any:
+        """For `diffusion.protocol.Plan`."""
+        from diffusion.protocol import Densities
+
+        if not self.densities:
+            return None
+        return Densities(self.densities, self.density_timestep, _names(self.measures), _names(self.density_policies))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
+
+
+def _numbers(option: str, text: str, kind: Callable[[str], Number] = int) -> tuple[Number, ...]:
     try:
-        return tuple(int(part) for part in text.split(","))
+        return tuple(kind(part) for part in text.split(","))
     except ValueError:
-        raise UsageError(f"{option} {text} is no list of whole numbers: give some, such as {option} 0,1,2") from None
+        what = "whole numbers" if kind is int else "numbers"
+        raise UsageError(f"{option} {text} is no list of {what}: give some, such as {option} 0,1,2") from None
 
 
 def _steps(settings: Settings, steps: int | None) -> Settings:
@@ -48,18 +82,25 @@ def run(
     preset: Annotated[Literal["quick", "cpu-mnist", "paper-mnist", "paper-cifar10"], Parameter(help="See below.")] = "quick",
     out: Annotated[Path | None, Parameter(help="Folder of the experiment (default: results/continual-PRESET).")] = None,
     policies: Annotated[
-        str, Parameter(help="Ways of learning Task 2: none, high, random, low, stratified, coverage, joint, continued.")
+        str, Parameter(help="Ways of learning Task 2: none, high, random, low, stratified, coverage, generative, ewc, joint, continued.")
     ] = "none,high,random,low,coverage",
     buffer: Annotated[BufferSize | None, Parameter(help="Samples of Task 1 that are replayed (default: 10%).")] = None,
     seeds: Annotated[str, Parameter(help="Seeds of learning, each an experiment of its own.")] = "0",
     samples: Annotated[int, Parameter(help="Samples of Task 1 that are reconstructed, spread over the energies.")] = 1000,
     timesteps: Annotated[str, Parameter(help="Of reconstruction; the first is the main one.")] = "500",
     draws: Annotated[int, Parameter(help="Of the noise, for each sample.")] = 2,
+    generated: Annotated[int, Parameter(help="Samples that each model generates, for a classifier to see; 0 for none.")] = 200,
+    betas: Annotated[str | None, Parameter(help="Further inverse temperatures whose energies are listed, A,B,… (default: none).")] = None,
+    strength: Annotated[
+        float | None, Parameter(help="λ of policy ewc, how firmly parameters are held (default: about as much as learning takes them).")
+    ] = None,
+    tasks: Annotated[int, Parameter(name="--tasks", help="With --rotate: how many tasks, each turned by so many degrees more.")] = 2,
     steps1: Annotated[int | None, Parameter(help="Steps of Task 1 (default: the preset's).")] = None,
     steps2: Annotated[int | None, Parameter(help="Steps of Task 2 (default: the preset's).")] = None,
     save_every: Annotated[int, Parameter(help="Steps between two checkpoints.")] = 250,
     choice: Choice = Choice(),
     temperature: Temperature = Temperature(),
+    density: Density = Density(),
     model: Model = Model(),
     reading: Reading = Reading(),
     device: Device = None,
@@ -82,52 +123,82 @@ def run(
     if reading.size is None and trial.size is not None:
         reading = dataclasses.replace(reading, size=trial.size)
     out = out or Path("results") / f"continual-{preset}"
-    check_writable("--out", out / TABLE)
+    if not dry_run:
+        check_writable("--out", out / TABLE)
     for option, value in (("--draws", draws), ("--samples", samples), ("--steps1", steps1 or 1), ("--steps2", steps2 or 1)):
         need(value >= 1, option, value, f"{option.removeprefix('--')} ≥ 1", 2)
+    need(strength is None or 0 <= strength < math.inf, "--strength", strength, "0 ≤ strength < ∞", 300)
+    need(tasks >= 2, "--tasks", tasks, "tasks ≥ 2", 2)
+    if tasks > 2 and choice.rotate is None:
+        raise UsageError(f"--tasks {tasks}: only rotations make more than two tasks: give --rotate")
     configure(device)
     screen = Screen()
-    from diffusion.continual import Experiment, Plan
+    from diffusion.consolidation import STRENGTH
+    from diffusion.continual import Experiment
     from diffusion.learner import UNetLearner, Unfinished
+    from diffusion.protocol import Plan
     from hopjax.cli import table
     from hopjax.cli.buffer import choose
     from hopjax.cli.survey import Survey, survey
-    from hopjax.cli.tasks import load
+    from hopjax.cli.tasks import Tasks, load
+    from hopjax.data import rotated
 
     with explained():
         with screen.working(f"reading {data}"):
-            tasks = load(data, choice, reading)
-        if tasks.task2 is None:
+            read = load(data, choice, reading)
+        if read.task2 is None:
             raise UsageError("there is no Task 2: give --rotate, --task2 or --task2-classes")
-        size = buffer.of(len(tasks.task1)) if buffer else max(1, round(len(tasks.task1) / 10))
+        lessons = [read.task1, read.task2, *(rotated(read.task1, number * (choice.rotate or 0)) for number in range(2, tasks))]
+        size = buffer.of(len(read.task1)) if buffer else max(1, round(len(read.task1) / 10))
         plan = Plan(
-            tuple(name.strip() for name in policies.split(",")),
+            _names(policies),
             size,
             _numbers("--seeds", seeds),
             samples,
             _numbers("--timesteps", timesteps),
             draws,
+            generated=generated,
+            betas=() if betas is None else _numbers("--betas", betas, float),
+            densities=density.plan(),
         )
         first, later = _steps(trial.first, steps1), _steps(trial.later, steps2)
         if dry_run:
-            return _plan(tasks.task1, plan, first, later, screen)
-        surveyed = survey("energies", tasks, temperature, model, "paper", Machine(), out / ENERGIES, screen)
-        table.write(out / ENERGIES, surveyed.table)
+            return _plan(lessons, plan, first, later, screen)
+
+        def surveyed(number: int) -> Survey:
+            file = out / (ENERGIES if number == 1 else f"energies-{number}.parquet")
+            found = read if number == 1 else Tasks(lessons[number - 1], np.arange(len(lessons[number - 1])), None, read.read)
+            made = survey("energies", found, temperature, model, "paper", Machine(), file, screen)
+            table.write(file, made.table)
+            return made
+
+        surveys = [surveyed(number) for number in range(1, tasks)]
         rhythm = Rhythm(save_every=save_every, sample_every=0)
         with interruption() as stop:
-            learner = UNetLearner(out, first, later, rhythm, watch=lambda name, settings: watching(screen, settings, name), stop=stop)
+
+            def watch(name: str, settings: Settings) -> Any:
+                return watching(screen, settings, name)
+
+            held = STRENGTH if strength is None else strength
+            learner = UNetLearner(out, first, later, rhythm, strength=held, watch=watch, stop=stop)
 
             def rows(found: Survey, policy: str, size: int, seed: int) -> np.ndarray:
                 return choose(found, policy, size, seed, screen)
 
             try:
-                measured = Experiment(out, tasks.task1, tasks.task2, learner, plan, surveyed, rows).run(stages(screen)).table
+                measured = Experiment(out, lessons, learner, plan, surveys, rows).run(stages(screen))
             except Unfinished as unfinished:
                 raise KeyboardInterrupt(f"{unfinished}; the same command goes on from there") from None
-    measured.settings["learning"] = {"first": first.to_json(), "later": later.to_json()}
-    table.write(out / TABLE, measured)
-    surveyed.partial.discard()
-    return _report(out, tasks.task1, screen)
+    learning = {"learning": {"first": first.to_json(), "later": later.to_json()}}
+    for name, found in ((TABLE, measured.samples), (TASKS, measured.tasks), (GENERATED, measured.generated)):
+        if found is not None:
+            table.write(out / name, table.Table(found.columns, {**found.settings, **learning}))
+    sheets = io.BytesIO()
+    np.savez_compressed(sheets, **measured.sheets)  # type: ignore[arg-type]
+    write(out / SHEETS, sheets.getvalue())
+    for made in surveys:
+        made.partial.discard()
+    return _report(out, read.task1, screen)
 
 
 def stages(screen: Screen) -> Any:
@@ -147,26 +218,37 @@ def stages(screen: Screen) -> Any:
     return watch
 
 
-def _plan(task1: Any, plan: Any, first: Settings, later: Settings, screen: Screen) -> int:
+def _plan(lessons: "Sequence[Images]", plan: "Plan", first: Settings, later: Settings, screen: Screen) -> int:
     from diffusion.plan import plan as measure
     from diffusion.reconstruct import STEPS
     from diffusion.run import Task
     from hopjax.cli.progress import duration
 
     with screen.working("compiling and timing a few steps"):
-        found = measure(Task(task1), first)
-    models = len(plan.policies)
-    steps = len(plan.seeds) * (first.length.steps + models * later.length.steps)
-    evaluations = sum(math.ceil(STEPS * timestep / first.noise.timesteps) for timestep in plan.timesteps)
-    evaluations *= len(plan.seeds) * (models + 2) * plan.draws * min(plan.samples or len(task1), len(task1))
-    learning = steps * found.step_seconds
+        found = measure(Task(lessons[0]), first)
+    seeds, policies, further = len(plan.seeds), len(plan.policies), len(lessons) - 1
+    steps = seeds * (first.length.steps + policies * further * later.length.steps)
+    measured = min(plan.samples or len(lessons[0]), len(lessons[0]))
+
+    def reconstructing(timestep: int) -> int:
+        return math.ceil(STEPS * timestep / first.noise.timesteps) * plan.draws
+
+    others = sum(policies * (further + 1 - number) * min(plan.later, len(lessons[number])) for number in range(1, further + 1))
+    evaluations = {
+        "reconstruction": seeds * sum(reconstructing(timestep) for timestep in plan.timesteps) * (policies + 2) * measured
+        + seeds * reconstructing(plan.timesteps[0]) * others,
+        "generation": seeds * (policies + 1) * plan.generated * STEPS,
+        "densities": 0 if plan.densities is None else seeds * plan.densities.evaluations(),
+    }
     # A step is about three evaluations of a batch.
-    measuring = evaluations / found.batch_size * found.step_seconds / 3
+    seconds = found.step_seconds / found.batch_size / 3
     screen.say(f"parameters: {found.parameters:,}")
     screen.say("memory of a device: " + ", ".join(f"{kind} {count / 2**20:,.1f} MiB" for kind, count in found.bytes.items()))
-    screen.say(f"learning: {steps:,} steps of {found.batch_size} images, about {duration(learning)}")
-    screen.say(f"reconstruction: {evaluations:,} evaluations of the network, about {duration(measuring)}")
-    screen.say(f"in all: about {duration(learning + measuring)}")
+    screen.say(f"learning: {steps:,} steps of {found.batch_size} images, about {duration(steps * found.step_seconds)}")
+    for what, count in evaluations.items():
+        if count:
+            screen.say(f"{what}: {count:,} evaluations of the network, about {duration(count * seconds)}")
+    screen.say(f"in all: about {duration(steps * found.step_seconds + sum(evaluations.values()) * seconds)}")
     return 0
 
 
@@ -182,18 +264,30 @@ def report(
 
         python -m diffusion report results/continual-quick
     """
-    from hopjax.cli import table
     from hopjax.cli.tasks import load
 
     screen = Screen()
+    samples = _samples(folder)
     task1 = None
     with explained():
         if images:
-            read = table.read(folder / TABLE).settings["read"]
+            read = samples.settings["read"]
             size = tuple(read["size"]) if isinstance(read["size"], list) else read["size"]
             choice = Choice(read["classes"], read["task2"], read["task2_classes"], read["rotate"])
             task1 = load(read["data"], choice, Reading(read["split"], size, read["grey"], read["limit"], read["skip_bad"])).task1
         return _report(folder, task1, screen)
+
+
+def _samples(folder: Path) -> "Table":
+    """The table of samples that `run` wrote."""
+    from hopjax.cli import table
+
+    found = table.read(folder / TABLE)
+    plan = found.settings.get("plan", {})
+    columns = {f"before@{timestep}" for timestep in plan.get("timesteps", ())}
+    if not columns or not columns <= set(found.columns) or not {"read", "accept", "required"} <= set(found.settings):
+        raise UsageError(f"{folder / TABLE} was not written by this version of `run`: run the experiment again, in another folder")
+    return found
 
 
 def _report(folder: Path, task1: Any, screen: Screen) -> int:
@@ -201,14 +295,24 @@ def _report(folder: Path, task1: Any, screen: Screen) -> int:
     from diffusion.report import page
     from hopjax.cli import table
 
-    measured = table.read(folder / TABLE)
+    samples = _samples(folder)
+    tasks, generated = (table.read(folder / name) if (folder / name).exists() else None for name in (TASKS, GENERATED))
     with screen.working("drawing"):
-        found = findings(measured)
+        found = findings(samples, tasks=tasks, generated=generated)
         write(folder / FINDINGS, (json.dumps(found, indent=1, allow_nan=False) + "\n").encode())
-        write(folder / PAGE, page(measured, found, task1))
-    main = found["timesteps"][str(measured.settings["plan"]["timesteps"][0])]
+        write(folder / PAGE, page(samples, found, task1, _sheets(folder / SHEETS)))
+    main = found["timesteps"][str(samples.settings["plan"]["timesteps"][0])]
     for row in main["verdicts"]:
         screen.say(f"{ {True: 'holds', False: 'fails', None: 'open'}[row['holds']]:>5}  {row['claim']}")
     for line in (f"table: {folder / TABLE}", f"findings: {folder / FINDINGS}", f"page: {folder / PAGE}"):
         screen.say(line)
     return 0
+
+
+def _sheets(file: Path) -> dict[str, np.ndarray]:
+    """Generated images, if there are any that can be read."""
+    try:
+        with file.open("rb") as stored, np.load(stored, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        return {}

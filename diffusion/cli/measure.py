@@ -1,8 +1,8 @@
-"""`likelihood` and `judge`: trained models and their images, measured."""
+"""`reconstruct`, `likelihood` and `judge`: trained models and their images, measured."""
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from cyclopts import Parameter
@@ -11,6 +11,9 @@ from diffusion.cli.options import Device, Model, configure, explained, images_of
 from hopjax.cli.options import Reading, UsageError, need
 from hopjax.cli.output import check_writable, write
 from hopjax.cli.progress import Screen
+
+if TYPE_CHECKING:
+    from hopjax.data import Images
 
 
 def likelihood(
@@ -83,7 +86,7 @@ def likelihood(
         last = before.objective.schedule.timesteps - 1
         at = (0.0 if after is None else (last + 1) / 2) if timestep is None else timestep
         need(0 <= at < last, "--timestep", at, f"0 ≤ timestep < {last}, the schedule's last", last // 2)
-        key, columns = jax.random.key(seed), {"index": np.arange(len(images))}
+        key = jax.random.key(seed)
         with screen.counting("measuring", len(images) * (1 + (after is not None)), 0, unit="images") as tell:
             done = 0
 
@@ -100,9 +103,7 @@ def likelihood(
                 name, unit = "forgetting", "ΔE"
                 second = read_model(after)
                 found = assess.forgetting(before, second, images.pixels, log_density, timestep=at, key=key, batch=batch, progress=progress)
-    if images.labels is not None:
-        columns["label"] = images.labels
-    columns |= {name: np.asarray(found.mean), f"{name}_error": np.asarray(found.standard_error)}
+    columns = _described(images) | {name: np.asarray(found.mean), f"{name}_error": np.asarray(found.standard_error)}
     columns |= {"evaluations": np.asarray(found.evaluations), "sample": sample_ids(images)}
     settings = {
         "command": "likelihood",
@@ -119,6 +120,19 @@ def likelihood(
     }
     table.write(out, table.Table(columns, settings))
     good = np.isfinite(columns[name])
+    _summarise(screen, columns, name, unit, out)
+    if not good.all():
+        screen.warn(f"{(~good).sum():,} images could not be measured and are NaN: try a larger --tolerance")
+    return 0
+
+
+def _described(images: "Images") -> dict[str, np.ndarray]:
+    return {"index": np.arange(len(images))} | ({} if images.labels is None else {"label": images.labels})
+
+
+def _summarise(screen: Screen, columns: dict[str, np.ndarray], name: str, unit: str, out: Path) -> None:
+    """Mean over the images that could be measured, and how well each is known."""
+    good = np.isfinite(columns[name])
     values = columns[name][good]
     spread = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
     screen.say(f"{values.mean():.4f} ± {spread:.4f} {unit}, mean and standard error over {len(values):,} images; table: {out}")
@@ -126,8 +140,97 @@ def likelihood(
         f"of an image: standard error {np.median(columns[f'{name}_error'][good]):.2g}, "
         f"{np.median(columns['evaluations'][good]):,.0f} evaluations of the network (medians)"
     )
-    if not good.all():
-        screen.warn(f"{(~good).sum():,} images could not be measured and are NaN: try a larger --tolerance")
+
+
+def reconstruct(
+    model: Model,
+    data: Annotated[str | None, Parameter(help="Images, as for `train` (default: those that the run held out).")] = None,
+    /,
+    *,
+    out: Annotated[Path, Parameter(help="Table to write: .parquet, .csv or .npz; a sheet of images goes beside it.")] = Path(
+        "results/reconstruction.parquet"
+    ),
+    classes: Annotated[str | None, Parameter(group="Data", help="Only these classes, A,B,… by name or number (default: all).")] = None,
+    first: Annotated[int | None, Parameter(group="Data", help="Only the first so many of these images (default: all).")] = None,
+    reading: Reading = Reading(),
+    timestep: Annotated[int, Parameter(help="To which the images are noised, and from which they are recovered.")] = 500,
+    draws: Annotated[int, Parameter(help="Of the noise, for each image.")] = 2,
+    seed: Annotated[int, Parameter(help="Of the noise: the same for every model.")] = 0,
+    batch: Annotated[int, Parameter(help="Images at once.")] = 50,
+    device: Device = None,
+) -> int:
+    """Noise images and let a model recover them: the error of each, the paper's operational measure of forgetting (Eq. (12)).
+
+    Asked of two models with the same seed, the same noise is used, and the difference of an image's errors is what was forgotten of it.
+
+    Example:
+
+        python -m diffusion reconstruct results/second mnist-5k --out results/after.parquet
+    """
+    from hopjax.cli import table
+    from hopjax.cli.output import check_suffix
+
+    check_suffix(out)
+    check_writable("--out", out)
+    for option, value in (("--draws", draws), ("--batch", batch), ("--first", 1 if first is None else first)):
+        need(value >= 1, option, value, f"{option.removeprefix('--')} ≥ 1", 2)
+    need(0 <= seed < 2**32, "--seed", seed, "0 ≤ seed < 2³²", 0)
+    configure(device)
+    screen = Screen()
+    import jax
+    from flax import nnx
+
+    from diffusion.assess import Reconstruction, assess, to_8_bits
+    from diffusion.pixels import checked, to_bytes, to_model
+    from diffusion.reconstruct import reconstructions
+    from diffusion.run import held_out, picture, read_model
+    from diffusion.samplers import noise_function
+    from hopjax.cli.tasks import description, sample_ids
+
+    with explained():
+        found_model = read_model(model)
+        objective = found_model.objective
+        last = objective.schedule.timesteps
+        need(0 < timestep < last, "--timestep", timestep, f"0 < timestep < {last}", last // 2)
+        with screen.working("reading images"):
+            images = checked(held_out(model) if data is None else images_of(data, classes, reading))
+        images = images.take(np.arange(min(len(images), first or len(images))))
+        key = jax.random.key(seed)
+        with screen.counting("reconstructing", len(images), 0, unit="images") as tell:
+            done = 0
+
+            def progress(now: int, _: int) -> None:
+                nonlocal done
+                tell(now - done)
+                done = now
+
+            found = assess(found_model, images.pixels, Reconstruction(timestep, draws), key=key, batch=batch, progress=progress)
+        shown = images.pixels[:32]
+        graphdef, params = nnx.split(found_model.unet, nnx.Param)
+
+        @jax.jit
+        def recover(params: Any, pixels: Any, keys: Any) -> Any:
+            epsilon = noise_function(nnx.merge(graphdef, params), objective.schedule, objective.prediction)
+            return reconstructions(epsilon, to_model(pixels), objective.schedule, keys, timestep=timestep).images
+
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, np.arange(len(shown)))
+        pairs = np.stack([to_8_bits(shown), to_bytes(recover(params, shown, keys))], axis=1)
+    columns = _described(images) | {"error": np.asarray(found.mean), "error_error": np.asarray(found.standard_error)}
+    columns |= {"evaluations": np.asarray(found.evaluations), "sample": sample_ids(images)}
+    settings = {
+        "command": "reconstruct",
+        "model": model,
+        "task1": description(images),
+        "timestep": timestep,
+        "draws": draws,
+        "seed": seed,
+        "versions": table.versions(),
+    }
+    table.write(out, table.Table(columns, settings))
+    sheet = out.with_suffix(".png")
+    picture(sheet, pairs.reshape(-1, *pairs.shape[2:]))
+    _summarise(screen, columns, "error", "squared pixels (from −1 to 1)", out)
+    screen.say(f"images, each before its reconstruction: {sheet}")
     return 0
 
 

@@ -117,8 +117,9 @@ class BufferReading(Reading):
 
 @dataclass(frozen=True)
 class Amount:
-    """So many samples, or so many of a hundred."""
+    """So many samples, or so many of a hundred, as an option said."""
 
+    option: str
     text: str
     number: float
     percent: bool
@@ -126,7 +127,10 @@ class Amount:
     def of(self, total: int) -> int:
         """How many of `total` that is, at least one."""
         if not self.percent and self.number > total:
-            raise UsageError(f"--size {self.text} is out of range: need 1 ≤ size ≤ {total}, the number of samples; take --size 10%")
+            name = self.option.removeprefix("--")
+            raise UsageError(
+                f"{self.option} {self.text} is out of range: need 1 ≤ {name} ≤ {total}, the number of samples; take {self.option} 10%"
+            )
         return max(1, round(self.number / 100 * total)) if self.percent else int(self.number)
 
 
@@ -134,8 +138,9 @@ def _amount(_: object, tokens: Sequence[Any]) -> Amount:
     option, text = tokens[0].keyword, tokens[0].value
     if not (found := re.fullmatch(r"(\d{1,15})|(\d{1,15}(?:\.\d+)?)\s*%", text)):
         raise UsageError(f"{option} {text} is neither a number of samples nor a percentage: give one, such as {option} 500 or {option} 10%")
-    amount = Amount(text, float(found[1] or found[2]), percent=found[1] is None)
-    bound = "0% < size ≤ 100%" if amount.percent else "1 ≤ size ≤ number of samples"
+    amount = Amount(option, text, float(found[1] or found[2]), percent=found[1] is None)
+    name = option.removeprefix("--")
+    bound = f"0% < {name} ≤ 100%" if amount.percent else f"1 ≤ {name} ≤ number of samples"
     need(0 < amount.number <= (100 if amount.percent else math.inf), option, text, bound, "10%")
     return amount
 

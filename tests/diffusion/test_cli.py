@@ -8,6 +8,7 @@ import signal
 from collections import namedtuple
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -15,10 +16,12 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import diffusion.cli.app
+import diffusion.cli.measure
 import diffusion.cli.models
 import diffusion.cli.train
 from diffusion import settings
 from diffusion.__main__ import main
+from diffusion.assess import Reconstruction, assess
 from diffusion.cli.app import app
 from diffusion.feed import Feed
 from diffusion.layout import Layout
@@ -28,6 +31,7 @@ from diffusion.run import Rhythm, read_model
 from diffusion.settings import Length, Network, Noise, Settings
 from diffusion.train import Program
 from diffusion.weights import WEIGHTS
+from hopjax.cli import table
 from tests.diffusion.tiny import NETWORKS, OPTIONS, bits, command, last_state, pixels
 
 pytestmark = pytest.mark.usefixtures("as_run")
@@ -44,7 +48,7 @@ def chosen():
 def leave_jax(patch):
     """Commands that leave JAX as it is, and know of the tiny network."""
     patch.setattr(settings, "NETWORKS", NETWORKS)
-    for module in (diffusion.cli.train, diffusion.cli.models):
+    for module in (diffusion.cli.train, diffusion.cli.models, diffusion.cli.measure):
         patch.setattr(module, "configure", lambda *_: None)
 
 
@@ -281,6 +285,26 @@ def test_samples_as_a_sheet_and_as_bytes(capsys):
     np.testing.assert_array_equal(sheet[16 * 5 :: 16, 16 * 5 :: 16], few[3, ..., 0])
 
 
+def test_reconstructions_as_a_table_and_a_sheet(capsys):
+    assert main(["reconstruct", "run", "stripes.npy", "--first", "7", "--batch", "4", "--timestep", "100", "--out", "errors.npz"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    found = table.read(Path("errors.npz"))
+    assert len(found) == 7
+    model = read_pipeline("run/model")
+    expected = assess(model, pixels()[:7], Reconstruction(100), key=jax.random.key(0), batch=4)
+    np.testing.assert_array_equal(found["error"], np.asarray(expected.mean))
+    assert found["evaluations"].tolist() == [10] * 7  # a tenth of fifty steps, for each of two draws
+    assert out[0].startswith(f"{found['error'].mean():.4f} ± ")
+    sheet = np.asarray(Image.open("errors.png"))
+    enlarged = 16
+    np.testing.assert_array_equal(sheet[: 4 * enlarged : enlarged, : 4 * enlarged : enlarged], pixels()[0, ..., 0])
+    # Beside it its reconstruction, of which the error of the first draw is that of the bytes, but for their rounding.
+    bytes_ = sheet[: 4 * enlarged : enlarged, 5 * enlarged : 9 * enlarged : enlarged].astype(float)
+    error = np.mean(((bytes_ - pixels()[0, ..., 0]) / 127.5) ** 2)
+    first = float(expected.values[0, 0])
+    assert abs(error - first) <= 2 * first**0.5 * 0.5 / 127.5 + (0.5 / 127.5) ** 2 + 1e-6
+
+
 def test_export_and_import_keep_every_bit(capsys):
     assert main(["export", "run", "there"]) == 0
     assert main(["export", "run", "raw", "--raw"]) == 0
@@ -374,6 +398,9 @@ TRAIN = ["train", "stripes.npy", *OPTIONS, "--steps", "3", "--out", "new"]
         (["sample", "run", "--eta", "2"], ("--eta 2.0 is out of range: need 0 ≤ eta ≤ 1",)),
         (["sample", "run", "--eta", "0.5", "--sampler", "flow"], ("--eta 0.5 is of --sampler ddim",)),
         (["sample", "run", "--out", "sheet.jpg"], ("sheet.jpg", "sheet.png")),
+        (["reconstruct", "run", "stripes.npy", "--timestep", "1000"], ("--timestep 1000 is out of range: need 0 < timestep < 1000",)),
+        (["reconstruct", "run", "stripes.npy", "--draws", "0"], ("--draws 0 is out of range: need draws ≥ 1",)),
+        (["reconstruct", "run"], ("the run in run held no images out: name the images",)),
         (["export", "run", "run"], ("run exists already and is not an empty folder",)),
         (["import", "run/samples", "new"], ("run/samples/unet is no diffusers folder",)),
     ],

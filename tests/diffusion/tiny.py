@@ -10,8 +10,10 @@ from flax import nnx
 from diffusion import config, settings
 from diffusion.checkpoint import Checkpoints
 from diffusion.config import UNetConfig
+from diffusion.optimiser import AdamW
 from diffusion.run import CHECKPOINTS, Task, model_of, program_of
-from diffusion.settings import Settings
+from diffusion.settings import Length, Network, Noise, Settings
+from diffusion.trials import TRIALS, Trial
 from hopjax.data import Images
 
 NETWORK = UNetConfig(
@@ -65,8 +67,20 @@ def bits(state):
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(nnx.to_pure_dict(state) if isinstance(state, nnx.State) else state)]
 
 
+def trials():
+    """The presets of `run`, of which the quick one is of the tiny network: 40 stripes, turned by 90°."""
+    first, later = (
+        Settings(Network("tiny"), Noise("cosine", prediction="v_prediction"), AdamW(2e-3, 2, 0.3), Length(steps, 8, 0.9))
+        for steps in (20, 6)
+    )
+    return {**TRIALS, "quick": Trial("stripes.npz", 90.0, None, first, later, "stripes")}
+
+
 if __name__ == "__main__":
+    from diffusion.cli import experiment
+
     settings.NETWORKS = NETWORKS  # type: ignore[assignment, attr-defined]
+    experiment.TRIALS = trials()  # type: ignore[attr-defined]
     from diffusion.__main__ import main
 
     sys.exit(main())

@@ -1,0 +1,198 @@
+"""The command `run` on a tiny network: what it leaves, what it does not do twice, what it refuses; and `report`, without a model."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diffusion import continual, settings
+from diffusion.__main__ import main
+from diffusion.cli import experiment
+from hopjax.cli import table
+from hopjax.cli.table import Table
+from tests.diffusion.tiny import NETWORKS, pixels, trials
+
+pytestmark = pytest.mark.usefixtures("as_run")
+
+ROOT = Path(__file__).parents[2]
+OPTIONS = ("--policies", "none,high,low", "--samples", "20", "--generated", "20", "--densities", "5", "--measures", "bound")
+TABLES = (experiment.TABLE, experiment.TASKS, experiment.GENERATED)
+
+
+def save_stripes(folder):
+    np.savez(folder / "stripes.npz", images=pixels(), labels=np.arange(40) % 2)
+
+
+def leave_jax(patch):
+    patch.setattr(settings, "NETWORKS", NETWORKS)
+    patch.setattr(experiment, "TRIALS", trials())
+    patch.setattr(experiment, "configure", lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def ran(as_run, tmp_path_factory):
+    """A folder with a finished experiment; not to be changed."""
+    folder = tmp_path_factory.mktemp("experiment")
+    save_stripes(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        leave_jax(patch)
+        patch.chdir(folder)
+        assert main(["run", *OPTIONS, "--out", "run"]) == 0
+    return folder
+
+
+@pytest.fixture
+def here(ran, tmp_path, monkeypatch):
+    leave_jax(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ran, tmp_path, dirs_exist_ok=True)
+
+
+def contents(folder):
+    """Of the tables: columns, bit for bit."""
+    tables = {name: table.read(Path(folder) / name) for name in TABLES}
+    return {(name, column): list(map(repr, found[column].tolist())) for name, found in tables.items() for column in found.columns}
+
+
+@pytest.mark.usefixtures("here")
+def test_an_experiment_leaves_tables_and_a_page(capsys):
+    samples, tasks, generated = (table.read(Path("run") / name) for name in TABLES)
+    assert len(samples) == 20
+    assert np.isfinite(samples["bound.none@300"]).sum() == 5
+    assert len(tasks) == 3 * 3  # policies, and Task 1 after one and after two, Task 2
+    assert {policy: int((generated["policy"] == policy).sum()) for policy in np.unique(generated["policy"])} == {
+        "real": 20,
+        **dict.fromkeys(("before", "none", "high", "low"), 20),
+    }
+    with np.load("run/generated.npz") as sheets:
+        assert set(sheets) == {"0.before", "0.none", "0.high", "0.low"}
+    for name in ("learning", "plan", "task1", "task2", "versions"):
+        assert name in samples.settings
+    page = Path("run/report.html").read_bytes()
+    assert main(["report", "run"]) == 0
+    assert Path("run/report.html").read_bytes() == page
+    assert "page: run/report.html" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("here")
+def test_a_report_needs_neither_models_nor_data():
+    for path in Path("run").iterdir():
+        if path.name not in TABLES:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    Path("stripes.npz").unlink()
+    assert main(["report", "run", "--no-images"]) == 0
+    assert json.loads(Path("run/findings.json").read_text())["samples"] == 20
+    assert b"<img" in Path("run/report.html").read_bytes() or b"<svg" in Path("run/report.html").read_bytes()
+
+
+@pytest.mark.usefixtures("here")
+def test_what_is_there_is_not_computed_again(monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("computed again")
+
+    before = contents("run")
+    for name in ("learner.run", "learner.assess", "learner.generate"):
+        monkeypatch.setattr(f"diffusion.{name}", never)
+    monkeypatch.setattr(continual, "Judge", never)
+    assert main(["run", *OPTIONS, "--out", "run"]) == 0
+    assert contents("run") == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--policies", "none,hihg"], "--policies 'hihg' is not known: take some of none, high"),
+        (["--buffer", "41"], "--buffer 41 is out of range: need 1 ≤ buffer ≤ 40, the number of samples; take --buffer 10%"),
+        (["--buffer", "0%"], "--buffer 0% is out of range: need 0% < buffer ≤ 100%"),
+        (["--seeds", "0,x"], "--seeds 0,x is no list of whole numbers: give some, such as --seeds 0,1,2"),
+        (["--betas", "1,x"], "--betas 1,x is no list of numbers"),
+        (["--betas", "0"], "--betas 0.0 is out of range: need 0 < β < ∞"),
+        (["--strength", "-1"], "--strength -1.0 is out of range: need 0 ≤ strength < ∞"),
+        (["--tasks", "1"], "--tasks 1 is out of range: need tasks ≥ 2"),
+        (["--tasks", "3", "--task2-classes", "1"], "--tasks 3: only rotations make more than two tasks: give --rotate"),
+        (["--task2-classes", "0,1"], "are all classes of stripes.npz: leave some for Task 1"),
+        (["--task2-classes", "7"], "stripes.npz: has no image of 7"),
+        (["--densities", "3"], "densities.samples = 3 is out of range: need samples ≥ 5"),
+        (["--density-policies", "joint"], "densities.policies = 'joint' is not among policies"),
+        (["--measures", "exact"], "densities.measures = 'exact' is not known"),
+        (["nowhere.npz"], "nowhere.npz: does not exist"),
+        (["--steps2", "7", "--out", "run"], "run/seed0/none holds a run with other settings: settings.length.steps: 6, now 7"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+@pytest.mark.usefixtures("here", "unchecked")
+def test_misuse_is_one_line_and_status_2(arguments, words, capsys):
+    before = contents("run")
+    assert main(["run", *(arguments if "--out" in arguments else [*arguments, "--out", "new"])]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert words in errors[0]
+    assert contents("run") == before
+
+
+@pytest.mark.usefixtures("here", "unchecked")
+def test_a_folder_that_holds_no_experiment_is_refused(capsys):
+    assert main(["report", "nowhere"]) == 2
+    assert "nowhere/samples.parquet" in capsys.readouterr().err
+    found = table.read(Path("run") / experiment.TABLE)
+    table.write(Path("run") / experiment.TABLE, Table({"x": np.zeros(3)}, {}))
+    assert main(["report", "run"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "error: run/samples.parquet was not written by this version of `run`: run the experiment again, in another folder"
+    assert len(found) == 20
+
+
+@pytest.mark.usefixtures("here")
+def test_a_dry_run_counts_what_it_would_take(capsys):
+    assert main(["run", *OPTIONS, "--tasks", "3", "--rotate", "90", "--seeds", "0,1", "--dry-run", "--out", "nowhere"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert not Path("nowhere").exists()
+    assert f"learning: {2 * (20 + 3 * 2 * 6):,} steps of 8 images" in lines[2]
+    # 25 steps × 2 draws: Task 1's 20 samples twice before and once after each policy; Task 2's 40 after two tasks and three, Task 3's.
+    assert f"reconstruction: {2 * 50 * (5 * 20 + 3 * (2 * 40 + 40)):,} evaluations" in lines[3]
+    assert f"generation: {2 * 4 * 20 * 50:,} evaluations" in lines[4]
+
+
+# ---- killed ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_an_experiment_ends_as_if_it_had_not_been(ran, tmp_path):
+    """SIGKILL during learning, reconstruction and writing, until an attempt comes to its end: the tables are those of `ran`."""
+    save_stripes(tmp_path)
+    pause = random.Random(0)
+    environment = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    words = [sys.executable, "-m", "tests.diffusion.tiny", "run", *OPTIONS, "--save-every", "2", "--out", "killed"]
+    kills, seconds = 0, 12.0
+    while True:
+        process = subprocess.Popen(
+            words,
+            cwd=tmp_path,
+            env=os.environ | environment | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        with process:
+            end = time.monotonic() + pause.uniform(2, seconds)
+            while process.poll() is None and time.monotonic() < end:
+                time.sleep(0.05)
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+                seconds *= 1.15  # so that it ends
+                process.wait()
+                continue
+            assert process.stderr is not None
+            assert process.returncode == 0, process.stderr.read()[-3000:]
+            break
+    assert kills >= 3
+    assert contents(tmp_path / "killed") == contents(ran / "run")
