@@ -2,7 +2,8 @@ r"""Samplers: objects that turn noise into images, given a noise function ε(x, 
 
 With $\lambda = \log(\alpha/\sigma)$, half the log signal-to-noise ratio, the probability-flow equation of variance-preserving diffusion is
 $dx/d\lambda = \sigma(\sigma x - \varepsilon)$, and for $z = x/\alpha$, $s = \sigma/\alpha$ it is $dz/ds = \varepsilon$: DDIM is
-Euler's method there, DPM-Solver++(2M) a two-step method exact in the linear part, `ProbabilityFlow` an adaptive Runge-Kutta method in λ.
+Euler's method there, PNDM the same with noise extrapolated from earlier steps, DPM-Solver++(2M) a two-step method exact in the linear part,
+`ProbabilityFlow` an adaptive Runge-Kutta method in λ.
 
 Samplers are pure: wrap the call in one `jax.jit`. The noise function is traced once or twice, however many steps there are.
 """
@@ -73,6 +74,26 @@ def uniform_log_snr(schedule: Schedule, start: int | float, stop: int | float, c
     levels = np.linspace(float(first), float(last), count)
     nodes = np.asarray(np.interp(levels, table[::-1], np.arange(schedule.timesteps)[::-1]))
     return np.clip(nodes, stop, start)  # interpolating forth and back rounds
+
+
+@dataclasses.dataclass(frozen=True)
+class Listed:
+    """A grid of timesteps given one by one, downwards: for a sampler that is called with their first and last as `start` and `stop`."""
+
+    timesteps: tuple[int | float, ...]
+
+    def __call__(self, schedule: Schedule, start: int | float, stop: int | float, count: int) -> Float[np.ndarray, " k"]:
+        """The timesteps.
+
+        Raises: ValueError unless they are those that are asked for.
+        """
+        given = (self.timesteps[0], self.timesteps[-1], len(self.timesteps))
+        if given != (start, stop, count):
+            raise ValueError(
+                f"{given[2]} timesteps from {given[0]:g} to {given[1]:g} are listed, {count} from {start:g} to {stop:g} are needed: "
+                "call the sampler with the start, stop, steps and denoise that they are for"
+            )
+        return np.array(self.timesteps, float)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,6 +274,61 @@ class DPMSolver(Sampler):
 
         (x, _), _ = jax.lax.scan(step, (noisy, jnp.zeros_like(noisy)), (*_pairs(nodes), spans, slopes))
         return _finish(epsilon, x, nodes, self.steps, denoise)
+
+
+@dataclasses.dataclass(frozen=True)
+class PNDM(Sampler):
+    """Pseudo linear multistep (Liu et al. 2022) without Runge-Kutta steps ("PLMS", `skip_prk_steps`): order 2.
+
+    DDIM's step with the noise extrapolated by the Adams-Bashforth formula of four steps, whose weights are those of equal steps in
+    timestep. The first step is taken twice, the second time with the mean of the noise at both of its ends: one evaluation more than
+    `steps`, if there is a second step. `denoise` is a step to x₀ like the others.
+    """
+
+    steps: int = 50
+    grid: Grid = uniform_timesteps
+
+    def __call__(
+        self,
+        epsilon: Network,
+        noisy: Float[Array, "n *shape"],
+        schedule: Schedule,
+        *,
+        key: Key[Array, ""] | None = None,
+        start: int | float | None = None,
+        stop: int | float = 0,
+        denoise: bool = True,
+    ) -> Samples:
+        """See `Sampler`."""
+        nodes = _nodes(schedule, self.grid, self.steps, start, stop, denoise, noisy.dtype)
+        if denoise:  # x₀: no noise; nothing is evaluated there
+            nodes = _Node(*(jnp.append(column, jnp.asarray(value, noisy.dtype)) for column, value in zip(nodes, (0, 1, 0), strict=True)))
+        # Of each evaluation: the step that it serves, where it is made, and the weights of its noise and of the three before it.
+        steps = places = np.arange(self.steps)
+        weights = np.array(_ADAMS_BASHFORTH)[np.minimum(steps, 3)]
+        if self.steps > 1:
+            steps, places = np.insert(steps, 1, 0), np.insert(places, 1, 1)
+            weights = np.insert(weights, 1, (1 / 2, 1 / 2, 0, 0), axis=0)
+
+        def evaluate(carry: tuple[Array, Array, tuple[Array, ...]], now: tuple[_Node, _Node, Array, Array, Array]) -> tuple[Any, None]:
+            x, before, noises = carry
+            node, following, timestep, repeated, weight = now
+            noise = epsilon(x, jnp.full(x.shape[0], timestep))
+            mean = functools.reduce(jnp.add, (w * e for w, e in zip(weight, (noise, *noises), strict=True)))
+            # A step that is repeated begins where it began, and its second evaluation is not remembered.
+            x = jnp.where(repeated, before, x)
+            noises = tuple(jnp.where(repeated, old, new) for old, new in zip(noises, (noise, *noises[:2]), strict=True))
+            clean, _ = Prediction.NOISE.split(mean, x, node.alpha, node.sigma)
+            return (following.alpha * clean + following.sigma * mean, x, noises), None
+
+        first, second = (jax.tree.map(lambda a: a[steps], half) for half in _pairs(nodes))
+        plan = (first, second, nodes.timestep[places], jnp.asarray(places != steps), jnp.asarray(weights, noisy.dtype))
+        (x, _, _), _ = jax.lax.scan(evaluate, (noisy, noisy, (jnp.zeros_like(noisy),) * 3), plan)
+        return Samples(x, jnp.asarray(len(steps), jnp.int32))
+
+
+# Weights of the noise at the last 1, 2, 3 and 4 of equally spaced timesteps, newest first, for the mean over the step that follows.
+_ADAMS_BASHFORTH = ((1, 0, 0, 0), (3 / 2, -1 / 2, 0, 0), (23 / 12, -16 / 12, 5 / 12, 0), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
 
 class _Controller(diffrax.PIDController):

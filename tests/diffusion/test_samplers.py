@@ -10,12 +10,19 @@ import numpy as np
 import pytest
 import scipy.integrate
 
-from diffusion.samplers import DDIM, Ancestral, DPMSolver, ProbabilityFlow, noise_function, uniform_log_snr, uniform_timesteps
+from diffusion.samplers import DDIM, PNDM, Ancestral, DPMSolver, Listed, ProbabilityFlow, noise_function, uniform_log_snr, uniform_timesteps
 from diffusion.schedules import CosineSchedule, LinearSchedule, Prediction
 from hopjax.correspondence import mixture_score, posterior_mean
 
 SCHEDULE = LinearSchedule()
-DETERMINISTIC = (DDIM(7), DDIM(7, grid=uniform_log_snr), DPMSolver(7), DPMSolver(7, grid=uniform_timesteps), ProbabilityFlow(1e-9, 1e-9))
+DETERMINISTIC = (
+    DDIM(7),
+    DDIM(7, grid=uniform_log_snr),
+    PNDM(7),
+    DPMSolver(7),
+    DPMSolver(7, grid=uniform_timesteps),
+    ProbabilityFlow(1e-9, 1e-9),
+)
 EVERY = (*DETERMINISTIC, DDIM(7, eta=0.5), Ancestral(7), Ancestral(7, widest=True))
 
 
@@ -63,7 +70,8 @@ def basins():
 
 
 @pytest.mark.parametrize(
-    ("sampler", "everywhere"), [(DDIM(50), 0.98), (DDIM(200), 0.99), (DPMSolver(20), 0.98), (DPMSolver(50), 0.99), (ProbabilityFlow(), 1.0)]
+    ("sampler", "everywhere"),
+    [(DDIM(50), 0.98), (DDIM(200), 0.99), (PNDM(50), 0.98), (DPMSolver(20), 0.98), (DPMSolver(50), 0.99), (ProbabilityFlow(), 1.0)],
 )
 def test_deterministic_samplers_land_on_the_memory_of_the_exact_trajectory(basins, sampler, everywhere, record_property):
     """All of the states that are 0.1 away from a boundary in eight directions, and nearly all of the others."""
@@ -108,8 +116,13 @@ def uneven(schedule, start, stop, count):
     return nodes
 
 
-@pytest.mark.parametrize(("method", "order"), [(DDIM, 1), (DPMSolver, 2)])
-@pytest.mark.parametrize("grid", [uniform_log_snr, uniform_timesteps, uneven])
+@pytest.mark.parametrize(
+    ("method", "order", "grid"),
+    [
+        *((method, order, grid) for method, order in ((DDIM, 1), (DPMSolver, 2)) for grid in (uniform_log_snr, uniform_timesteps, uneven)),
+        (PNDM, 2, uniform_timesteps),
+    ],
+)
 def test_orders_of_convergence(trajectories, method, order, grid):
     memories, noisy, exact = trajectories
     steps = np.array([50, 100, 200])
@@ -135,6 +148,41 @@ def test_dpm_solver_is_the_published_algorithm(trajectories):
         x, before = sigmas[i + 1] / sigmas[i] * x - alphas[i + 1] * (np.exp(-span) - 1) * data, clean
     found = sample(DPMSolver(7, grid=uneven), memories, noisy, **SPAN).images
     np.testing.assert_allclose(found, x, atol=1e-10)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 6])
+def test_pndm_is_the_published_algorithm(trajectories, steps):
+    """Adams-Bashforth formulas for dz/ds = ε in z = x/α and s = σ/α, where Liu et al. 2022 have them, after an improved Euler step."""
+    memories, noisy, _ = trajectories
+    nodes = np.linspace(900.0, 300.0, steps + 1)
+    (alphas, sigmas), epsilon = SCHEDULE.alpha_sigma_float64(nodes), jax.jit(exact_noise(memories))
+    times = sigmas / alphas
+
+    def noise(z, i):
+        return np.asarray(epsilon(alphas[i] * z, np.full(len(z), nodes[i])))
+
+    z = np.asarray(noisy) / alphas[0]
+    seen: list[np.ndarray] = []
+    for i in range(steps):
+        seen.insert(0, noise(z, i))
+        match seen:
+            case [a]:
+                mean = (a + noise(z + (times[1] - times[0]) * a, 1)) / 2 if steps > 1 else a
+            case [a, b]:
+                mean = (3 * a - b) / 2
+            case [a, b, c]:
+                mean = (23 * a - 16 * b + 5 * c) / 12
+            case [a, b, c, d, *_]:
+                mean = (55 * a - 59 * b + 37 * c - 9 * d) / 24
+        z = z + (times[i + 1] - times[i]) * mean
+    found = sample(PNDM(steps), memories, noisy, **SPAN).images
+    np.testing.assert_allclose(found, alphas[-1] * z, atol=1e-10)
+
+
+def test_listed_timesteps_are_the_nodes(trajectories):
+    memories, noisy, _ = trajectories
+    listed = DDIM(4, grid=Listed((900, 750, 600, 450, 300)))
+    np.testing.assert_allclose(sample(listed, memories, noisy, **SPAN).images, sample(DDIM(4), memories, noisy, **SPAN).images, atol=1e-12)
 
 
 @pytest.mark.parametrize("sampler", [Ancestral(), DDIM(500, eta=1.0)], ids=label)
@@ -214,7 +262,10 @@ def test_samplers_share_one_interface(sampler, dtype, key):
     assert found.images.shape == noisy.shape
     assert found.images.dtype == dtype
     assert int(found.evaluations) == len(called)
-    if hasattr(sampler, "steps"):
+    if isinstance(sampler, PNDM):
+        assert len(called) == sampler.steps + 1 == 8
+        assert traces == 1
+    elif hasattr(sampler, "steps"):
         assert len(called) == sampler.steps == 7
         assert traces == 2
     again = run(noisy, key)
@@ -255,6 +306,9 @@ def test_too_few_steps_of_the_ode_are_not_an_answer(basins):
         (DDIM(5, eta=2.0), {}, "eta must lie between 0 and 1"),
         (DDIM(5, eta=0.5), {}, "needs a key"),
         (Ancestral(), {}, "needs a key"),
+        (PNDM(0), {}, "at least 1 step, got 0"),
+        (DDIM(3, grid=Listed((900, 400, 10))), {"start": 900}, "3 timesteps from 900 to 10 are listed, 3 from 900 to 0 are needed"),
+        (DDIM(3, grid=Listed((900, 400, 10))), {"start": 900, "stop": 10, "denoise": False}, "are listed, 4 from 900 to 10 are needed"),
         (DPMSolver(), {"start": 1000}, "999, the schedule's last timestep; got 0 and 1000"),
         (ProbabilityFlow(), {"start": 10, "stop": 20}, "need 0 ≤ stop ≤ start"),
     ],

@@ -1,0 +1,292 @@
+r"""The autoencoder of latent diffusion in Flax NNX: the same function of the same parameters as diffusers' AutoencoderKL, channels last.
+
+An image of pixels in −1 … 1 is encoded as a normal distribution over latents z, one for each 8 × 8 pixels (a halving between each two
+levels), and latents are decoded to an image. The diffusion process runs on `scaling_factor` · z, which has variance 1 or so.
+Source: Rombach et al. 2022, Appendix G.
+"""
+
+import dataclasses
+import difflib
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Key
+
+from diffusion.config import _fits
+from diffusion.layers import AttentionBlock, Downsample, GroupNorm, ResnetBlock, Upsample, at_least_float32, conv, silu
+
+CLASS_NAME = "AutoencoderKL"
+
+Image: TypeAlias = Float[Array, "n _ _ _"]
+MakeResnet: TypeAlias = Callable[[int, int], ResnetBlock]
+
+# What the architecture may be made of; a published configuration that asks for something else is refused.
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "act_fn": ("silu", "swish"),
+    "shift_factor": (None,),
+    "latents_mean": (None,),
+    "latents_std": (None,),
+    "use_quant_conv": (True,),
+    "use_post_quant_conv": (True,),
+    "mid_block_add_attention": (True,),
+}
+_BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+_POSITIVE = ("in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups", "scaling_factor")
+
+_EPS = 1e-6  # of every normalisation
+_LOG_VARIANCE = (-30.0, 20.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderKLConfig:
+    """The fields of config.json, with diffusers' names, meanings and defaults.
+
+    `sample_size`, the side of the images it was trained on, and `force_upcast`, that pipelines in half precision should run it in
+    float32, are kept and have no effect: whoever makes the autoencoder says the dtype.
+
+    Raises: ValueError naming the field, its value and what would do.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",)
+    block_out_channels: tuple[int, ...] = (64,)
+    layers_per_block: int = 1
+    act_fn: str = "silu"
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    sample_size: int | tuple[int, int] = 32
+    scaling_factor: int | float = 0.18215
+    shift_factor: None = None
+    latents_mean: None = None
+    latents_std: None = None
+    force_upcast: bool = True
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse, in one line, what the autoencoder cannot be built from."""
+        for name, allowed in _ALLOWED.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name} = {value!r} is not supported; what is: {', '.join(map(repr, allowed))}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name not in _ALLOWED and not _fits(value, field.type):
+                kind = field.type.__name__ if isinstance(field.type, type) else field.type
+                raise ValueError(f"{field.name} = {value!r} must be {kind}")
+            if field.name in _POSITIVE and not value > 0:
+                raise ValueError(f"{field.name} = {value!r} must be positive")
+        for name, block in _BLOCKS.items():
+            for value in getattr(self, name):
+                if value != block:
+                    raise ValueError(f"{name} holds {value!r}, which is not supported; what is: {block!r}")
+        lengths = [len(getattr(self, name)) for name in ("block_out_channels", *_BLOCKS)]
+        if lengths[0] == 0 or len(set(lengths)) != 1:
+            raise ValueError(
+                "block_out_channels, down_block_types and up_block_types must be equally many, one or more: got "
+                f"{lengths[0]}, {lengths[1]} and {lengths[2]}"
+            )
+        for channels in self.block_out_channels:
+            if channels < 1 or channels % self.norm_num_groups:
+                raise ValueError(f"block_out_channels holds {channels!r}: not a multiple of norm_num_groups = {self.norm_num_groups}")
+
+    @property
+    def factor(self) -> int:
+        """How many pixels a latent has on each side."""
+        return int(2 ** (len(self.block_out_channels) - 1))
+
+    def latent_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the latents of an image; up to `factor` − 1 rows and columns at its end have none of their own.
+
+        Raises: ValueError for an image of less than one latent.
+        """
+        if min(height, width) < self.factor:
+            raise ValueError(f"an image of {height} × {width} cannot be encoded: height and width must be at least {self.factor}")
+        return height // self.factor, width // self.factor
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "AutoencoderKLConfig":
+        """The configuration in a parsed config.json; names that begin with an underscore are diffusers' own record-keeping.
+
+        Raises: ValueError for another class, an unknown field (naming the nearest known one) or a value that does not do.
+        """
+        class_name = fields.get("_class_name", CLASS_NAME)
+        if class_name != CLASS_NAME:
+            raise ValueError(f"config.json describes a {class_name}, not an {CLASS_NAME}")
+        names = [field.name for field in dataclasses.fields(cls)]
+        given: dict[str, Any] = {}
+        for name, value in fields.items():
+            if name.startswith("_"):
+                continue
+            if name not in names:
+                nearest = difflib.get_close_matches(name, names, n=1)
+                raise ValueError(f"config.json: unknown field {name!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else ""))
+            given[name] = tuple(value) if isinstance(value, list) else value
+        return cls(**given)
+
+    def to_json(self) -> dict[str, Any]:
+        """The contents of config.json: every field, and the class it belongs to."""
+        return {"_class_name": CLASS_NAME} | dataclasses.asdict(self)
+
+
+class DiagonalGaussian(NamedTuple):
+    """Independent normal distributions, one for each number of the latents; float32 at least."""
+
+    mean: Float[Array, "n h w z"]
+    log_variance: Float[Array, "n h w z"]
+
+    @property
+    def mode(self) -> Float[Array, "n h w z"]:
+        """The most likely latents."""
+        return self.mean
+
+    def sample(self, key: Key[Array, ""]) -> Float[Array, "n h w z"]:
+        """Latents drawn from the distributions."""
+        return self.mean + jnp.exp(0.5 * self.log_variance) * jax.random.normal(key, self.mean.shape, self.mean.dtype)
+
+
+def _resnets(make: MakeResnet, in_channels: int, out_channels: int, layers: int) -> list[ResnetBlock]:
+    return [make(in_channels if i == 0 else out_channels, out_channels) for i in range(layers)]
+
+
+class DownBlock(nnx.Module):
+    """ResNet blocks, and half the size in the end."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, layers: int, resnet: MakeResnet, downsample: Downsample | None) -> None:
+        self.resnets = nnx.List(_resnets(resnet, in_channels, out_channels, layers))
+        self.downsample = downsample
+
+    def __call__(self, x: Image) -> Image:
+        """The block's output."""
+        for resnet in self.resnets:
+            x = resnet(x)
+        return x if self.downsample is None else self.downsample(x)
+
+
+class MidBlock(nnx.Module):
+    """A ResNet block, attention of one head over all pixels, and another ResNet block."""
+
+    def __init__(self, channels: int, *, resnet: MakeResnet, groups: int, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.resnets = nnx.List(_resnets(resnet, channels, channels, 2))
+        self.attentions = nnx.List([AttentionBlock(channels, head_dim=None, groups=groups, eps=_EPS, dtype=dtype, rngs=rngs)])
+
+    def __call__(self, x: Image) -> Image:
+        """The block's output."""
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class UpBlock(nnx.Module):
+    """ResNet blocks, and twice the size in the end."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, layers: int, resnet: MakeResnet, upsample: Upsample | None) -> None:
+        self.resnets = nnx.List(_resnets(resnet, in_channels, out_channels, layers))
+        self.upsample = upsample
+
+    def __call__(self, x: Image) -> Image:
+        """The block's output."""
+        for resnet in self.resnets:
+            x = resnet(x)
+        return x if self.upsample is None else self.upsample(x)
+
+
+class Encoder(nnx.Module):
+    """Twice as many numbers as latents, from an image."""
+
+    def __init__(self, config: AutoencoderKLConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        channels = config.block_out_channels
+        groups = config.norm_num_groups
+        resnet = functools.partial(ResnetBlock, embedding=None, groups=groups, eps=_EPS, dtype=dtype, rngs=rngs)
+        self.conv_in = conv(config.in_channels, channels[0], 3, dtype=dtype, rngs=rngs)
+        self.down_blocks: nnx.List[DownBlock] = nnx.List([])
+        for i, width in enumerate(channels):
+            last = i == len(channels) - 1
+            downsample = None if last else Downsample(width, padding=0, dtype=dtype, rngs=rngs)
+            self.down_blocks.append(
+                DownBlock(channels[max(i - 1, 0)], width, layers=config.layers_per_block, resnet=resnet, downsample=downsample)
+            )
+        self.mid_block = MidBlock(channels[-1], resnet=resnet, groups=groups, dtype=dtype, rngs=rngs)
+        self.conv_norm_out = GroupNorm(channels[-1], groups, eps=_EPS, dtype=dtype)
+        self.conv_out = conv(channels[-1], 2 * config.latent_channels, 3, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Image) -> Image:
+        """The encoder's output."""
+        x = self.conv_in(x)
+        for down_block in self.down_blocks:
+            x = down_block(x)
+        return self.conv_out(silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nnx.Module):
+    """An image, from latents; one ResNet block more at each level than the encoder has."""
+
+    def __init__(self, config: AutoencoderKLConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        channels = config.block_out_channels[::-1]
+        groups = config.norm_num_groups
+        resnet = functools.partial(ResnetBlock, embedding=None, groups=groups, eps=_EPS, dtype=dtype, rngs=rngs)
+        self.conv_in = conv(config.latent_channels, channels[0], 3, dtype=dtype, rngs=rngs)
+        self.mid_block = MidBlock(channels[0], resnet=resnet, groups=groups, dtype=dtype, rngs=rngs)
+        self.up_blocks: nnx.List[UpBlock] = nnx.List([])
+        for i, width in enumerate(channels):
+            last = i == len(channels) - 1
+            upsample = None if last else Upsample(width, dtype=dtype, rngs=rngs)
+            self.up_blocks.append(
+                UpBlock(channels[max(i - 1, 0)], width, layers=config.layers_per_block + 1, resnet=resnet, upsample=upsample)
+            )
+        self.conv_norm_out = GroupNorm(channels[-1], groups, eps=_EPS, dtype=dtype)
+        self.conv_out = conv(channels[-1], config.out_channels, 3, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Image) -> Image:
+        """The decoder's output."""
+        x = self.mid_block(self.conv_in(x))
+        for up_block in self.up_blocks:
+            x = up_block(x)
+        return self.conv_out(silu(self.conv_norm_out(x)))
+
+
+class AutoencoderKL(nnx.Module):
+    """Images to distributions of latents, and latents to images.
+
+    Parameters are float32. `dtype` is that of the computation; normalisations, softmax and outputs are float32 whatever it is. The
+    published decoders overflow in float16.
+    """
+
+    def __init__(self, config: AutoencoderKLConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
+        latent = config.latent_channels
+        self.encoder = Encoder(config, dtype=dtype, rngs=rngs)
+        self.quant_conv = conv(2 * latent, 2 * latent, 1, dtype=dtype, rngs=rngs)
+        self.post_quant_conv = conv(latent, latent, 1, dtype=dtype, rngs=rngs)
+        self.decoder = Decoder(config, dtype=dtype, rngs=rngs)
+        self.config = config
+        self.dtype = dtype
+
+    def encode(self, image: Float[Array, "n h w c"]) -> DiagonalGaussian:
+        """The distribution of the latents of each image; multiply them by `scaling_factor` for the diffusion process.
+
+        Raises: ValueError at trace time if the image is too small, or has other channels.
+        """
+        self.config.latent_size(image.shape[1], image.shape[2])
+        _check_channels("images", image, self.config.in_channels)
+        moments = self.quant_conv(self.encoder(image.astype(self.dtype))).astype(at_least_float32(self.dtype))
+        mean, log_variance = jnp.split(moments, 2, axis=-1)
+        return DiagonalGaussian(mean, jnp.clip(log_variance, *_LOG_VARIANCE))
+
+    def decode(self, latents: Float[Array, "n h w z"]) -> Float[Array, "n _ _ c"]:
+        """The image of each latent, `factor` times as high and wide; divide by `scaling_factor` what the diffusion process ends with.
+
+        Raises: ValueError at trace time if the latents have other channels.
+        """
+        _check_channels("latents", latents, self.config.latent_channels)
+        return self.decoder(self.post_quant_conv(latents.astype(self.dtype))).astype(at_least_float32(self.dtype))
+
+
+def _check_channels(what: str, x: Array, channels: int) -> None:
+    if x.shape[-1] != channels:
+        raise ValueError(f"{what} have {x.shape[-1]} channels, the autoencoder takes {channels}")
