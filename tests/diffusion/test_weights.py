@@ -1,10 +1,12 @@
-"""Files of weights: exact round trips, older names, and one clear line for whatever is wrong with a folder."""
+"""Files of weights: exact round trips, older names, shards, and one clear line for whatever is wrong with a folder or a file."""
 
 import json
 import shutil
+import struct
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from diffusion.layers import initialise
 from diffusion.unet import UNet
-from diffusion.weights import CONFIG, WEIGHTS, read_unet, write_unet
+from diffusion.weights import CONFIG, WEIGHTS, read_tensors, read_unet, write_tensors, write_unet
 
 GOLDEN = Path(__file__).parent / "golden" / "colour"
 
@@ -130,7 +132,178 @@ def test_nothing_is_overwritten_and_a_failure_leaves_nothing(folder, tmp_path, m
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("diffusion.weights.save_file", full)
+    monkeypatch.setattr("diffusion.weights.os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         write_unet(tmp_path / "new", model)
     assert [path.name for path in tmp_path.iterdir()] == ["network"]
+
+
+def shard(folder, count=4):
+    """The weights in `count` files and an index, as diffusers lays them out."""
+    tensors = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    placed: dict[str, str] = {}
+    for i in range(count):
+        name = f"diffusion_pytorch_model-{i + 1:05}-of-{count:05}.safetensors"
+        part = dict(list(tensors.items())[i::count])
+        save_file(part, folder / name)
+        placed |= dict.fromkeys(part, name)
+    index = folder / f"{WEIGHTS}.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": placed}))
+    return index
+
+
+def test_shards_are_read(folder):
+    shard(folder)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(read_unet(folder)), nnx.state(read_unet(GOLDEN)))
+
+
+def test_shards_that_do_not_do_are_refused_in_one_line(folder):
+    index = shard(folder)
+    parts = sorted(folder.glob("*-of-*"))
+    fields = json.loads(index.read_text())
+
+    def refused(message):
+        with pytest.raises(ValueError, match=message) as caught:
+            read_unet(folder)
+        assert "\n" not in str(caught.value)
+
+    # The same tensor in two shards.
+    bias = {name: tensor for name, tensor in load_file(GOLDEN / WEIGHTS).items() if name == "conv_in.bias"}
+    whole = {part: part.read_bytes() for part in parts}
+    for part in parts:
+        if "conv_in.bias" not in load_file(part):
+            save_file(load_file(part) | bias, part)
+            break
+    refused(r"unexpected: conv_in\.bias$")
+    for part, content in whole.items():
+        part.write_bytes(content)
+
+    for name in ("../x.safetensors", "/x.safetensors", "x.bin", "", "."):
+        index.write_text(json.dumps(fields | {"weight_map": fields["weight_map"] | {"conv_in.bias": name}}))
+        refused("which is no safetensors file beside it")
+    for content in ({}, {"weight_map": {}}, {"weight_map": {"conv_in.bias": 3}}, {"weight_map": []}):
+        index.write_text(json.dumps(content))
+        refused("must say in weight_map")
+    index.write_text(json.dumps(fields))
+    for part in parts[::2]:
+        part.unlink()
+    refused(f"has not all shards .*: 2 of 4 missing: {parts[0].name}, {parts[2].name}$")
+    shutil.copy(GOLDEN / WEIGHTS, folder)
+    refused("has both .* and an index of shards")
+
+
+def test_the_file_of_float16_is_read_if_it_is_the_only_one(folder):
+    half = {name: tensor.astype(np.float16) for name, tensor in load_file(folder / WEIGHTS).items()}
+    save_file(half, folder / "diffusion_pytorch_model.fp16.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(read_unet(folder)), nnx.state(read_unet(GOLDEN)))
+    (folder / WEIGHTS).unlink()
+    bias = read_unet(folder).conv_in.bias
+    assert bias is not None
+    np.testing.assert_array_equal(bias[...], half["conv_in.bias"].astype(np.float32))
+
+
+class Pair(nnx.Module):
+    """Two parameters."""
+
+    def __init__(self):
+        self.a = nnx.Param(jnp.zeros(3, jnp.float32))
+        self.b = nnx.Param(jnp.zeros((2, 2), jnp.bfloat16))
+
+
+def raw(file, header, data=b"", length=None):
+    """A file with this header, an object or text, and data."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    return file
+
+
+def tensor(begin, end, shape, dtype="F32"):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+DATA = np.arange(3, dtype=np.float32).tobytes() + np.arange(4, dtype=ml_dtypes.bfloat16).tobytes()
+HEADER = {"a": tensor(0, 12, [3]), "b": tensor(12, 20, [2, 2], "BF16")}
+
+
+def test_ignored_tensors_may_be_there_and_are_not_read(tmp_path):
+    # Of a kind, shape and size that no parameter could have; and a header that is not a multiple of 8 bytes long.
+    file = raw(tmp_path / "x", HEADER | {"c.position_ids": tensor(20, 21, [1, 1], "U8")}, DATA + b"x")
+    assert (8 + int.from_bytes(file.read_bytes()[:8], "little")) % 8
+    with pytest.raises(ValueError, match=r"unexpected: c\.position_ids$"):
+        read_tensors(file, Pair)
+    for path in (file, raw(tmp_path / "y", HEADER, DATA)):
+        model = read_tensors(path, Pair, ignored=["c.position_ids"])
+        np.testing.assert_array_equal(model.a[...], [0, 1, 2])
+        np.testing.assert_array_equal(model.b[...], np.arange(4).reshape(2, 2))
+        assert (model.a.dtype, model.b.dtype) == (jnp.float32, jnp.bfloat16)
+    # What is ignored is no excuse for what is not there.
+    with pytest.raises(ValueError, match=r"missing: a$"):
+        read_tensors(raw(file, {"b": tensor(0, 8, [2, 2], "BF16")}, DATA[:8]), Pair, ignored=["a"])
+
+
+def test_what_is_written_is_safetensors_of_each_dtype(tmp_path):
+    """As safetensors' own library reads it, at addresses that are multiples of 8."""
+    model = read_tensors(raw(tmp_path / "x", HEADER, DATA), Pair)
+    write_tensors(tmp_path / "y", model)
+    found = load_file(tmp_path / "y")
+    assert {name: array.dtype for name, array in found.items()} == {"a": np.float32, "b": ml_dtypes.bfloat16}
+    np.testing.assert_array_equal(found["a"], [0, 1, 2])
+    np.testing.assert_array_equal(found["b"], np.arange(4).reshape(2, 2))
+    assert int.from_bytes((tmp_path / "y").read_bytes()[:8], "little") % 8 == 0
+
+
+def test_parameters_that_would_be_one_tensor_are_refused(tmp_path):
+    class Clash(nnx.Module):
+        def __init__(self):
+            self.scale, self.embedding = (nnx.Param(jnp.zeros(1, jnp.float32)) for _ in range(2))
+
+    with pytest.raises(ValueError, match="two parameters of Clash would be one tensor, weight"):
+        write_tensors(tmp_path / "x", Clash())
+
+
+TWICE = json.dumps(HEADER).encode()[:-1] + b', "a": ' + json.dumps(HEADER["a"]).encode() + b"}"
+
+
+@pytest.mark.parametrize(
+    ("header", "length", "message"),
+    [
+        (HEADER | {"b": tensor(12, 2**40, [2**38])}, None, "is not a whole safetensors file"),  # past the end
+        (HEADER | {"b": tensor(8, 16, [2, 2], "BF16")}, None, "is not a whole safetensors file"),  # overlapping
+        (HEADER | {"b": tensor(0, 12, [3])}, None, "is not a whole safetensors file"),  # the same bytes
+        ({"a": tensor(0, 12, [3])}, None, "is not a whole safetensors file"),  # bytes of no tensor
+        (HEADER | {"a": tensor(12, 0, [3])}, None, "is not a whole safetensors file"),
+        (HEADER | {"a": tensor(0, 12, [-3])}, None, "is not a whole safetensors file"),
+        (HEADER | {"a": tensor(0, 12, [2**40, 2**40])}, None, "is not a whole safetensors file"),
+        (HEADER | {"a": tensor(0, 12, [4])}, None, "is not a whole safetensors file"),
+        (HEADER, 2**30, "is not a whole safetensors file"),  # a gigabyte of header
+        (HEADER, 2**63, "is not a whole safetensors file"),
+        (HEADER, 10**8, "is not a whole safetensors file"),
+        (b'{"a":' * 10_000, None, "is not a whole safetensors file"),
+        (b'{"\xff": 1}', None, "is not a whole safetensors file"),
+        (TWICE, None, "not a safetensors file: a is in it twice"),
+        (HEADER | {"a": tensor(0, 12, [1] * 70 + [3])}, None, r"misshapen: a \(1, "),
+        (HEADER | {"a": tensor(0, 12, [3, 4], "F8_E4M3")}, None, r"misshapen: a \(3, 4\) instead of \(3,\)$"),
+        (HEADER | {"a": tensor(0, 12, [3], "I32")}, None, "misshapen: a is I32, not of floating point$"),
+        ({"\n\x1b[31mred": HEADER["a"], "b": HEADER["b"]}, None, r"missing: a; unexpected: '\\n\\x1b\[31mred'$"),
+        ({"x" * 10_000: HEADER["a"], "b": HEADER["b"]}, None, "missing: a; unexpected: x{200}…$"),
+    ],
+)
+def test_hostile_headers_are_refused_in_one_line(tmp_path, header, length, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        read_tensors(raw(tmp_path / "x", header, DATA, length), Pair)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+def test_checkpoints_in_one_file_are_refused_with_the_way_to_convert_them(tmp_path):
+    pickled = tmp_path / "v1-5-pruned.ckpt"
+    pickled.write_bytes(b"\x80\x02}q\x00.")
+    with pytest.raises(ValueError, match=r'a pickle, .* convert .*from_single_file\("v1-5-pruned.ckpt"\)\.save_pretrained\('):
+        read_unet(pickled)
+    # The same without pickle, where a folder's weights should be.
+    file = raw(tmp_path / "v1-5.safetensors", {"model.diffusion_model.a": HEADER["a"], "first_stage_model.b": HEADER["b"]}, DATA)
+    with pytest.raises(ValueError, match=r'layout of its authors, .* convert .*from_single_file\("v1-5.safetensors"\)'):
+        read_tensors(file, Pair)
+    with pytest.raises(ValueError, match="in one file"):
+        read_unet(file)
