@@ -322,7 +322,7 @@ class Experiment(Generic[Model]):
         chosen = np.sort(order[_spaced(len(order), min(how.samples, len(order)))])
         images = self.tasks[0].take(rows[chosen])
         for measure in how.measures:
-            told = watch(Stage(seed, f"densities by {lesson.policy}, {measure}"))
+            told = watch(Stage(seed, f"measuring densities by {lesson.policy}, {measure}"))
             after = self.log_densities(lesson.model, images, measure, seed, told)
             if lesson.policy == BEFORE:
                 before[measure] = after

@@ -186,7 +186,7 @@ def run(
                 return choose(found, policy, size, seed, screen)
 
             try:
-                measured = Experiment(out, lessons, learner, plan, surveys, rows).run(stages(screen))
+                measured = Experiment(out, lessons, learner, plan, surveys, rows).run(stages(screen, stop))
             except Unfinished as unfinished:
                 raise KeyboardInterrupt(f"{unfinished}; the same command goes on from there") from None
     learning = {"learning": {"first": first.to_json(), "later": later.to_json()}}
@@ -201,8 +201,9 @@ def run(
     return _report(out, read.task1, screen)
 
 
-def stages(screen: Screen) -> Any:
-    """A line for each stage that is computed."""
+def stages(screen: Screen, stop: Callable[[], bool]) -> Any:
+    """A line for each stage that is computed; after each batch of one that was asked to stop, the end."""
+    from diffusion.learner import Unfinished
 
     def watch(stage: Any) -> Any:
         told = False
@@ -212,6 +213,8 @@ def stages(screen: Screen) -> Any:
             if not told:
                 screen.note(f"seed {stage.seed}: {stage.what}")
                 told = True
+            if stop():
+                raise Unfinished(f"stopped while {stage.what}, what came before is kept")
 
         return tell
 

@@ -16,7 +16,10 @@ import pytest
 from diffusion import continual, settings
 from diffusion.__main__ import main
 from diffusion.cli import experiment
+from diffusion.continual import Stage
+from diffusion.learner import Unfinished
 from hopjax.cli import table
+from hopjax.cli.progress import Screen
 from hopjax.cli.table import Table
 from tests.diffusion.tiny import NETWORKS, pixels, trials
 
@@ -159,6 +162,17 @@ def test_a_dry_run_counts_what_it_would_take(capsys):
     # 25 steps × 2 draws: Task 1's 20 samples twice before and once after each policy; Task 2's 40 after two tasks and three, Task 3's.
     assert f"reconstruction: {2 * 50 * (5 * 20 + 3 * (2 * 40 + 40)):,} evaluations" in lines[3]
     assert f"generation: {2 * 4 * 20 * 50:,} evaluations" in lines[4]
+
+
+def test_measuring_stops_after_the_batch_at_which_it_was_asked_to(capsys):
+    asked = False
+    tell = experiment.stages(Screen(), lambda: asked)(Stage(3, "reconstructing high from 500"))
+    tell(10)
+    tell(10)
+    assert capsys.readouterr().err.splitlines() == ["seed 3: reconstructing high from 500"]  # once
+    asked = True
+    with pytest.raises(Unfinished, match="stopped while reconstructing high from 500, what came before is kept"):
+        tell(10)
 
 
 # ---- killed ---------------------------------------------------------------------------------------------------------------
