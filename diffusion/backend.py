@@ -1,14 +1,16 @@
 r"""What is chosen by the device that programs are compiled for: the one place where a CPU gets another program than a GPU or a TPU.
 
-On accelerators nothing is: the plain formulations and the compiler's defaults. On CPUs two operations are written so that XLA's
+On accelerators nothing is: the plain formulations and the compiler's defaults. On CPUs three operations are written so that XLA's
 code for them is fast; they are the same functions, to rounding. `jax.jvp`, `jax.vjp`, `jax.vmap` and higher orders work as with the plain
 formulations: the one derivative that is given, of `normalise`, is a `jax.custom_jvp`, whose rule JAX transposes.
 
 - `normalise`: sums over space, then over groups; the derivative reads the image three times instead of eight.
 - `convolve_doubled`: an image with every pixel four times, convolved with 3 × 3, is four convolutions of the small image with 2 × 2.
+- `attend`: logits of one head and a few hundred queries at a time, which stay in the cache; the derivative computes them again.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,10 @@ from jaxtyping import Array, Float
 # used before; its reductions are three times as fast as XLA's own.
 _CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
+# Adding up the taps of a kernel takes as long as the four small convolutions save in this many pixels of the small images.
+_PIXELS = 256
+# Queries at a time: 4 MB of logits over the 4,096 pixels of a latent image.
+_QUERIES = 256
 
 
 @functools.cache
@@ -47,9 +53,19 @@ def normalise(
     return (_normalise_by_channel if jax.default_backend() == "cpu" else _normalise)(x, scale, bias, groups, eps)
 
 
-def convolve_doubled(image: Float[Array, "n h w c"], kernel: Float[Array, "3 3 c k"]) -> Float[Array, "n 2*h 2*w k"]:
-    """The image with every pixel four times, convolved with `kernel`, zeros around it."""
-    return (_convolve_phases if jax.default_backend() == "cpu" else _convolve_repeated)(image, kernel)
+def convolve_doubled(image: Float[Array, "n h w c"], kernel: Float[Array, "3 3 c k"], size: tuple[int, int]) -> Float[Array, "n _ _ k"]:
+    """The image with every pixel four times, cut to `size` (at most twice the image's), convolved with `kernel`, zeros around it."""
+    n, h, w, _ = image.shape
+    by_phases = jax.default_backend() == "cpu" and size == (2 * h, 2 * w) and n * h * w > _PIXELS
+    return _convolve_phases(image, kernel) if by_phases else _convolve_repeated(image, kernel, size)
+
+
+def attend(
+    query: Float[Array, "n l heads d"], key: Float[Array, "n m heads d"], value: Float[Array, "n m heads e"]
+) -> Float[Array, "n l heads e"]:
+    """softmax(q·k/√d) v for each head; the softmax in float32 at least."""
+    by_rows = jax.default_backend() == "cpu" and query.shape[1] > _QUERIES
+    return (_attend_by_rows if by_rows else _attend)(query, key, value)
 
 
 def _normalise(x: Array, scale: Array, bias: Array, groups: int, eps: int | float) -> Array:
@@ -109,8 +125,8 @@ def _(groups: int, eps: int | float, primals: tuple[Array, Array, Array], tangen
     return normal * scale[None, None, None] + bias[None, None, None], tangent
 
 
-def _convolve_repeated(image: Array, kernel: Array) -> Array:
-    doubled = jnp.repeat(jnp.repeat(image, 2, axis=1), 2, axis=2)
+def _convolve_repeated(image: Array, kernel: Array, size: tuple[int, int]) -> Array:
+    doubled = jnp.repeat(jnp.repeat(image, 2, axis=1), 2, axis=2)[:, : size[0], : size[1]]
     return lax.conv_general_dilated(doubled, kernel, (1, 1), "SAME", dimension_numbers=_LAYOUT)
 
 
@@ -130,3 +146,28 @@ def _convolve_phases(image: Array, kernel: Array) -> Array:
         ]
         rows.append(jnp.stack(pixels, axis=3))
     return jnp.stack(rows, axis=2).reshape(n, 2 * h, 2 * w, -1)
+
+
+def _attend_with_head(query: Array, key: Array, value: Array) -> Array:
+    wide = jnp.float64 if query.dtype == jnp.float64 else jnp.float32
+    logits = jnp.matmul(query, key.T, preferred_element_type=wide) / math.sqrt(query.shape[-1])
+    return jnp.matmul(jax.nn.softmax(logits, axis=-1).astype(value.dtype), value)
+
+
+# Of all heads at once, and of all images.
+_attend = jax.vmap(jax.vmap(_attend_with_head, in_axes=1, out_axes=1))
+
+
+def _attend_by_rows(query: Array, key: Array, value: Array) -> Array:
+    n, length, heads, features = query.shape
+    rows = -(-length // _QUERIES)
+
+    def head(arrays: tuple[Array, Array, Array]) -> Array:
+        query, key, value = arrays
+        # Kept, the weights of all rows would have to come back from memory.
+        attend = jax.checkpoint(lambda some: _attend_with_head(some, key, value))
+        return lax.map(attend, query.reshape(rows, _QUERIES, features))
+
+    query = jnp.pad(query, ((0, 0), (0, rows * _QUERIES - length), (0, 0), (0, 0)))
+    each = lax.map(head, tuple(jnp.moveaxis(x, 2, 1).reshape(n * heads, x.shape[1], x.shape[3]) for x in (query, key, value)))
+    return jnp.moveaxis(each.reshape(n, heads, rows * _QUERIES, -1)[:, :, :length], 1, 2)

@@ -117,6 +117,24 @@ class GroupNorm(nnx.Module):
         return backend.normalise(x, scale, bias, groups=self.groups, eps=self.eps).astype(self.dtype)
 
 
+class LayerNorm(nnx.Module):
+    """Normalise over the last axis, then scale and shift."""
+
+    def __init__(self, features: int, *, eps: int | float, dtype: DTypeLike) -> None:
+        self.scale = nnx.Param(jnp.ones(features, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(features, jnp.float32))
+        self.eps = eps
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "n l f"]) -> Float[Array, "n l f"]:
+        """In float32 at least; a mean that is large beside the deviations costs no digits."""
+        x = x.astype(at_least_float32(x.dtype))
+        scale, bias = (p[...].astype(x.dtype)[None, None] for p in (self.scale, self.bias))
+        centred = x - jnp.mean(x, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+        return (centred * jax.lax.rsqrt(variance + self.eps) * scale + bias).astype(self.dtype)
+
+
 def timestep_features(
     timestep: Real[Array, " n"], features: int, *, flip_sin_to_cos: bool, freq_shift: int | float, max_period: float = 10_000.0
 ) -> Float[Array, "n {features}"]:
@@ -222,10 +240,7 @@ class Attention(nnx.Module):
         """softmax(q·k/√d) v, projected."""
         context = x if context is None else context
         query, key, value = (p.reshape(*p.shape[:2], self.heads, -1) for p in (self.to_q(x), self.to_k(context), self.to_v(context)))
-        wide = at_least_float32(query.dtype)
-        logits = jnp.einsum("nlhd,nmhd->nhlm", query, key, preferred_element_type=wide) / math.sqrt(query.shape[-1])
-        weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-        return self.to_out(jnp.einsum("nhlm,nmhd->nlhd", weights, value).reshape(*x.shape[:2], -1))
+        return self.to_out(backend.attend(query, key, value).reshape(*x.shape[:2], -1))
 
 
 class AttentionBlock(nnx.Module):
@@ -261,8 +276,8 @@ class Downsample(nnx.Module):
     def __init__(self, channels: int, *, padding: int, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.conv = conv(channels, channels, 3, stride=2, padding=padding or (0, 1), dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h/2 w/2 c"]:
-        """Half the size."""
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n _ _ c"]:
+        """Half the size; half of an odd size is rounded up, or down with `padding` 0."""
         return self.conv(x)
 
 
@@ -272,8 +287,18 @@ class Upsample(nnx.Module):
     def __init__(self, channels: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.conv = conv(channels, channels, 3, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n 2*h 2*w c"]:
-        """Twice the size."""
+    def __call__(self, x: Float[Array, "n h w c"], size: tuple[int, int] | None = None) -> Float[Array, "n _ _ c"]:
+        """Twice the size, or `size`: that of an image whose half, rounded up, is `x`. The last row or column is then left out.
+
+        That is the nearest-neighbour interpolation of torch, which rounds down: pixel i shows ⌊i n / size⌋, which is ⌊i / 2⌋ for
+        size = 2 n and 2 n − 1. `jax.image.resize` compares the middles of pixels, and differs.
+
+        Raises: ValueError at trace time for any other size.
+        """
+        doubled = (2 * x.shape[1], 2 * x.shape[2])
+        size = size or doubled
+        if any(whole - part not in (0, 1) for whole, part in zip(doubled, size, strict=True)):
+            raise ValueError(f"{x.shape[1]} × {x.shape[2]} pixels cannot be doubled to {size[0]} × {size[1]}: twice as many, or one less")
         assert self.conv.bias is not None
         kernel, bias = (p[...].astype(x.dtype) for p in (self.conv.kernel, self.conv.bias))
-        return backend.convolve_doubled(x, kernel) + bias[None, None, None]
+        return backend.convolve_doubled(x, kernel, size) + bias[None, None, None]

@@ -6,7 +6,7 @@ Blocks are given the makers of their layers (`resnet`, `attention`), so that a U
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeAlias
 
 import jax
@@ -32,17 +32,26 @@ from diffusion.layers import (
 Image: TypeAlias = Float[Array, "n _ _ _"]
 MakeResnet: TypeAlias = Callable[[int, int], ResnetBlock]
 MakeAttention: TypeAlias = Callable[[int], nnx.Module]
+Context: TypeAlias = Float[Array, "n m g"]
 Keys: TypeAlias = Iterator[Key[Array, ""] | None]
 
 
 def _layer(
-    resnet: ResnetBlock, attention: nnx.Module | None, remat: bool, x: Image, embedding: Float[Array, "n e"], key: Key[Array, ""] | None
+    resnet: ResnetBlock,
+    attention: nnx.Module | None,
+    remat: bool,
+    x: Image,
+    embedding: Float[Array, "n e"],
+    key: Key[Array, ""] | None,
+    context: Context | None,
 ) -> Image:
-    def apply(x: Image, embedding: Float[Array, "n e"], key: Key[Array, ""] | None) -> Image:
+    def apply(x: Image, embedding: Float[Array, "n e"], key: Key[Array, ""] | None, context: Context | None) -> Image:
         x = resnet(x, embedding, key)
-        return x if attention is None else attention(x)
+        if attention is None:
+            return x
+        return attention(x) if context is None else attention(x, context)
 
-    return (jax.checkpoint(apply) if remat else apply)(x, embedding, key)
+    return (jax.checkpoint(apply) if remat else apply)(x, embedding, key, context)
 
 
 class DownBlock(nnx.Module):
@@ -64,11 +73,11 @@ class DownBlock(nnx.Module):
         self.downsample = downsample
         self.remat = remat
 
-    def __call__(self, x: Image, embedding: Float[Array, "n e"], keys: Keys) -> tuple[Image, list[Image]]:
+    def __call__(self, x: Image, embedding: Float[Array, "n e"], keys: Keys, context: Context | None = None) -> tuple[Image, list[Image]]:
         """The block's output, and what the way up takes from here."""
         skips = []
         for resnet, attention in itertools.zip_longest(self.resnets, self.attentions):
-            x = _layer(resnet, attention, self.remat, x, embedding, next(keys))
+            x = _layer(resnet, attention, self.remat, x, embedding, next(keys), context)
             skips.append(x)
         if self.downsample is not None:
             x = self.downsample(x)
@@ -84,14 +93,14 @@ class MidBlock(nnx.Module):
         self.attentions = nnx.List([attention(channels)] if attention else [])
         self.remat = remat
 
-    def __call__(self, x: Image, embedding: Float[Array, "n e"], keys: Keys) -> Image:
+    def __call__(self, x: Image, embedding: Float[Array, "n e"], keys: Keys, context: Context | None = None) -> Image:
         """The block's output."""
-        x = _layer(self.resnets[0], self.attentions[0] if self.attentions else None, self.remat, x, embedding, next(keys))
-        return _layer(self.resnets[1], None, self.remat, x, embedding, next(keys))
+        x = _layer(self.resnets[0], self.attentions[0] if self.attentions else None, self.remat, x, embedding, next(keys), context)
+        return _layer(self.resnets[1], None, self.remat, x, embedding, next(keys), context)
 
 
 class UpBlock(nnx.Module):
-    """ResNet blocks that each take one image from the way down, attention if there is any, and twice the size in the end."""
+    """ResNet blocks that each take one image from the way down, attention if there is any, and the size of the next in the end."""
 
     def __init__(
         self,
@@ -111,12 +120,98 @@ class UpBlock(nnx.Module):
         self.upsample = upsample
         self.remat = remat
 
-    def __call__(self, x: Image, skips: list[Image], embedding: Float[Array, "n e"], keys: Keys) -> Image:
+    def __call__(self, x: Image, skips: list[Image], embedding: Float[Array, "n e"], keys: Keys, context: Context | None = None) -> Image:
         """The block's output; takes what it needs from the end of `skips`."""
         for resnet, attention in itertools.zip_longest(self.resnets, self.attentions):
             x = jnp.concatenate([x, skips.pop()], axis=-1)
-            x = _layer(resnet, attention, self.remat, x, embedding, next(keys))
-        return x if self.upsample is None else self.upsample(x)
+            x = _layer(resnet, attention, self.remat, x, embedding, next(keys), context)
+        if self.upsample is None:
+            return x
+        _, height, width, _ = skips[-1].shape
+        return self.upsample(x, (height, width))
+
+
+def make_down_blocks(
+    channels: Sequence[int],
+    attentions: Sequence[MakeAttention | None],
+    *,
+    layers: int,
+    resnet: MakeResnet,
+    downsample: Callable[[int], Downsample],
+    remat: bool,
+) -> list[DownBlock]:
+    """A block for each level of resolution, from the finest."""
+    blocks = []
+    for i, (width, attention) in enumerate(zip(channels, attentions, strict=True)):
+        blocks.append(
+            DownBlock(
+                channels[max(i - 1, 0)],
+                width,
+                layers=layers,
+                resnet=resnet,
+                attention=attention,
+                downsample=downsample(width) if i < len(channels) - 1 else None,
+                remat=remat,
+            )
+        )
+    return blocks
+
+
+def make_up_blocks(
+    channels: Sequence[int],
+    attentions: Sequence[MakeAttention | None],
+    *,
+    layers: int,
+    resnet: MakeResnet,
+    upsample: Callable[[int], Upsample],
+    remat: bool,
+) -> list[UpBlock]:
+    """A block for each level of resolution, `attentions` from the coarsest; `channels` and `layers` are those of the way down."""
+    # Channels of the images that the way down leaves behind; the way up takes them from the end.
+    left = [channels[0]]
+    for width in channels[:-1]:
+        left += [width] * (layers + 1)
+    left += [channels[-1]] * layers
+    blocks = []
+    for i, attention in zip(reversed(range(len(channels))), attentions, strict=True):
+        blocks.append(
+            UpBlock(
+                channels[min(i + 1, len(channels) - 1)],
+                [left.pop() for _ in range(layers + 1)],
+                channels[i],
+                resnet=resnet,
+                attention=attention,
+                upsample=upsample(channels[i]) if i > 0 else None,
+                remat=remat,
+            )
+        )
+    return blocks
+
+
+def down_and_up(
+    down_blocks: Iterable[DownBlock],
+    mid_block: MidBlock | None,
+    up_blocks: Iterable[UpBlock],
+    x: Image,
+    embedding: Float[Array, "n e"],
+    keys: Keys,
+    context: Context | None = None,
+) -> Image:
+    """The image after all blocks, each image of the way down being handed to the way up."""
+    skips = [x]
+    for down_block in down_blocks:
+        x, more = down_block(x, embedding, keys, context)
+        skips += more
+    if mid_block is not None:
+        x = mid_block(x, embedding, keys, context)
+    for up_block in up_blocks:
+        x = up_block(x, skips, embedding, keys, context)
+    return x
+
+
+def dropout_keys(key: Key[Array, ""] | None, *, levels: int, layers: int) -> Keys:
+    """A key for each ResNet block on the way down, in the middle and on the way up; none without `key`."""
+    return itertools.repeat(None) if key is None else iter(jax.random.split(key, 2 + levels * (2 * layers + 1)))
 
 
 class UNet(nnx.Module):
@@ -130,7 +225,6 @@ class UNet(nnx.Module):
     def __init__(self, config: UNetConfig, *, dtype: DTypeLike = jnp.float32, remat: bool = False, rngs: nnx.Rngs) -> None:
         channels = config.block_out_channels
         width = config.time_embedding_dim or 4 * channels[0]
-        levels = range(len(channels))
         make_resnet = functools.partial(
             ResnetBlock,
             embedding=width,
@@ -147,23 +241,16 @@ class UNet(nnx.Module):
 
         self.conv_in = conv(config.in_channels, channels[0], 3, dtype=dtype, rngs=rngs)
         self.time_embedding = TimeEmbedding(channels[0], width, dtype=dtype, rngs=rngs)
-        # Channels of the images that the way down leaves behind; the way up takes them from the end.
-        left = [channels[0]]
-        self.down_blocks: nnx.List[DownBlock] = nnx.List([])
-        for i in levels:
-            last = i == levels[-1]
-            self.down_blocks.append(
-                DownBlock(
-                    channels[max(i - 1, 0)],
-                    channels[i],
-                    layers=config.layers_per_block,
-                    resnet=make_resnet,
-                    attention=make_attention if config.down_block_types[i] == "AttnDownBlock2D" else None,
-                    downsample=None if last else Downsample(channels[i], padding=config.downsample_padding, dtype=dtype, rngs=rngs),
-                    remat=remat,
-                )
+        self.down_blocks = nnx.List(
+            make_down_blocks(
+                channels,
+                [make_attention if kind == "AttnDownBlock2D" else None for kind in config.down_block_types],
+                layers=config.layers_per_block,
+                resnet=make_resnet,
+                downsample=functools.partial(Downsample, padding=config.downsample_padding, dtype=dtype, rngs=rngs),
+                remat=remat,
             )
-            left += [channels[i]] * (config.layers_per_block + (not last))
+        )
         # diffusers gives the middle attention no norm where the time embedding scales and shifts, unless asked for one.
         mid_groups = config.attn_norm_num_groups or (None if config.resnet_time_scale_shift == "scale_shift" else config.norm_num_groups)
         mid_attention = functools.partial(make_attention, groups=mid_groups, output_scale=config.mid_block_scale_factor)
@@ -177,19 +264,16 @@ class UNet(nnx.Module):
                 remat=remat,
             )
         )
-        self.up_blocks: nnx.List[UpBlock] = nnx.List([])
-        for i, kind in zip(reversed(levels), config.up_block_types, strict=True):
-            self.up_blocks.append(
-                UpBlock(
-                    channels[min(i + 1, levels[-1])],
-                    [left.pop() for _ in range(config.layers_per_block + 1)],
-                    channels[i],
-                    resnet=make_resnet,
-                    attention=make_attention if kind == "AttnUpBlock2D" else None,
-                    upsample=None if i == 0 else Upsample(channels[i], dtype=dtype, rngs=rngs),
-                    remat=remat,
-                )
+        self.up_blocks = nnx.List(
+            make_up_blocks(
+                channels,
+                [make_attention if kind == "AttnUpBlock2D" else None for kind in config.up_block_types],
+                layers=config.layers_per_block,
+                resnet=make_resnet,
+                upsample=functools.partial(Upsample, dtype=dtype, rngs=rngs),
+                remat=remat,
             )
+        )
         self.conv_norm_out = GroupNorm(channels[0], config.norm_num_groups, eps=config.norm_eps, dtype=dtype)
         self.conv_out = conv(channels[0], config.out_channels, 3, dtype=dtype, rngs=rngs)
         self.config = config
@@ -206,24 +290,13 @@ class UNet(nnx.Module):
         config.check_size(image.shape[1], image.shape[2])
         if image.shape[3] != config.in_channels:
             raise ValueError(f"images have {image.shape[3]} channels, the network takes {config.in_channels}")
-        keys: Keys = itertools.repeat(None)
-        if key is not None and config.dropout > 0:
-            keys = iter(jax.random.split(key, 2 + len(config.block_out_channels) * (2 * config.layers_per_block + 1)))
-
+        keys = dropout_keys(key if config.dropout > 0 else None, levels=len(config.block_out_channels), layers=config.layers_per_block)
         x = (2 * image - 1 if config.center_input_sample else image).astype(self.dtype)
         features = timestep_features(
             timestep, config.block_out_channels[0], flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift
         )
         embedding = self.time_embedding(features.astype(self.dtype))
-        x = self.conv_in(x)
-        skips = [x]
-        for down_block in self.down_blocks:
-            x, more = down_block(x, embedding, keys)
-            skips += more
-        if self.mid_block is not None:
-            x = self.mid_block(x, embedding, keys)
-        for up_block in self.up_blocks:
-            x = up_block(x, skips, embedding, keys)
+        x = down_and_up(self.down_blocks, self.mid_block, self.up_blocks, self.conv_in(x), embedding, keys)
         return self.conv_out(silu(self.conv_norm_out(x))).astype(at_least_float32(self.dtype))
 
 

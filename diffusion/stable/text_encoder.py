@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from diffusion.config import _fits
-from diffusion.layers import at_least_float32, linear
+from diffusion.layers import LayerNorm, at_least_float32, linear
 from diffusion.weights import new_folder, read_network, write_network
 
 WEIGHTS = "model.safetensors"
@@ -116,24 +116,6 @@ class CLIPTextConfig:
     def to_json(self) -> dict[str, Any]:
         """The contents of config.json: every field, and the architecture it belongs to."""
         return {"architectures": [ARCHITECTURE], "model_type": MODEL_TYPE} | dataclasses.asdict(self)
-
-
-class LayerNorm(nnx.Module):
-    """Normalise over the last axis, then scale and shift each feature."""
-
-    def __init__(self, features: int, *, eps: int | float, dtype: DTypeLike) -> None:
-        self.scale = nnx.Param(jnp.ones(features, jnp.float32))
-        self.bias = nnx.Param(jnp.zeros(features, jnp.float32))
-        self.eps = eps
-        self.dtype = dtype
-
-    def __call__(self, x: Float[Array, "n l f"]) -> Float[Array, "n l f"]:
-        """In float32 at least. The variance is of what is left when the mean is gone: a large mean costs no digits."""
-        x = x.astype(at_least_float32(x.dtype))
-        scale, bias = (p[...].astype(x.dtype)[None, None] for p in (self.scale, self.bias))
-        x = x - jnp.mean(x, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-        return (x * jax.lax.rsqrt(variance + self.eps) * scale + bias).astype(self.dtype)
 
 
 class Embeddings(nnx.Module):

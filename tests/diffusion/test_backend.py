@@ -15,8 +15,19 @@ PAIRS: dict[str, tuple[Any, Any, Any]] = {
         lambda x, scale, bias: backend._normalise(x, scale, bias, 3, 1e-5),
         ((2, 5, 4, 6), (6,), (6,)),
     ),
-    "convolve_doubled": (backend._convolve_phases, backend._convolve_repeated, ((2, 3, 4, 3), (3, 3, 3, 2))),
+    "convolve_doubled": (
+        backend._convolve_phases,
+        lambda x, kernel: backend._convolve_repeated(x, kernel, (6, 8)),
+        ((2, 3, 4, 3), (3, 3, 3, 2)),
+    ),
+    # Two full rows of queries and a part of one.
+    "attend": (backend._attend_by_rows, backend._attend, ((2, 9, 2, 3), (2, 5, 2, 3), (2, 5, 2, 4))),
 }
+
+
+@pytest.fixture(autouse=True)
+def _few_queries(monkeypatch):
+    monkeypatch.setattr(backend, "_QUERIES", 4)
 
 
 def draws(key, shapes):
@@ -80,14 +91,16 @@ def test_options_are_for_cpus_that_know_them(monkeypatch):
 
 
 def test_accelerators_get_the_plain_formulations(monkeypatch, key):
-    x, kernel = draws(key, ((2, 4, 4, 3), (3, 3, 3, 2)))
+    x, kernel, heads = draws(key, ((2, 12, 12, 3), (3, 3, 3, 2), (1, 9, 2, 3)))
 
     def programs():
         return [
             str(jax.make_jaxpr(f)(*a))
             for f, a in (
                 (lambda x: backend.normalise(x, jnp.ones(3), jnp.zeros(3), groups=1, eps=1e-5), (x,)),
-                (lambda x, k: backend.convolve_doubled(x, k), (x, kernel)),  # a new function each time, or the trace is remembered
+                # A new function each time, or the trace is remembered.
+                (lambda x, k: backend.convolve_doubled(x, k, (24, 24)), (x, kernel)),
+                (lambda x: backend.attend(x, x, x), (heads,)),
             )
         ]
 
@@ -96,4 +109,13 @@ def test_accelerators_get_the_plain_formulations(monkeypatch, key):
     there = programs()
     assert "custom_jvp" in here[0]
     assert (here[1].count("conv_general_dilated["), there[1].count("conv_general_dilated[")) == (4, 1)
-    assert not any("custom_jvp" in one for one in there)
+    assert "scan" in here[2]
+    assert not any("custom_jvp" in one or "scan" in one for one in there)
+
+
+@pytest.mark.parametrize("size", [(2, 2), (3, 2), (3, 3), (4, 3)])
+def test_small_images_and_cut_ones_are_doubled_as_they_are(size, key):
+    """The four convolutions are for whole images, and add the taps of the kernel up: that has to pay."""
+    x, kernel = draws(key, ((1, (size[0] + 1) // 2, (size[1] + 1) // 2, 3), (3, 3, 3, 2)))
+    program = str(jax.make_jaxpr(lambda x, k: backend.convolve_doubled(x, k, size))(x, kernel))
+    assert program.count("conv_general_dilated[") == 1
