@@ -9,17 +9,18 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float32, Key, Shaped, UInt8
+from jaxtyping import Array, Float32, Key, PyTree, Shaped, UInt8
 
 from diffusion.likelihood import Draws, InBatches, LogDensity, bits_per_dimension, clean_log_density, intrinsic_forgetting
 from diffusion.objective import Denoising
-from diffusion.pipeline import Pipeline
-from diffusion.pixels import to_model
+from diffusion.pipeline import Model
 from diffusion.reconstruct import reconstruction_errors
 from diffusion.samplers import Network, noise_function
 from diffusion.schedules import Schedule
+from diffusion.space import PixelSpace, Space
 
 Progress = Callable[[int, int], None] | None
 
@@ -34,8 +35,8 @@ class Measure(abc.ABC):
     """What is measured of a batch of images; equal ones share a compiled program."""
 
     @abc.abstractmethod
-    def __call__(self, epsilon: Network, images: Shaped[Array, "n h w c"], keys: Key[Array, " n"], schedule: Schedule) -> Draws:
-        """Of images as files hold them."""
+    def __call__(self, epsilon: Network, batch: Any, keys: Key[Array, " n"], schedule: Schedule, space: Space) -> Draws:
+        """Of images as the space knows them, with their pixels."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,49 +47,68 @@ class Bits(Measure):
     draws: int = 2
     timestep: int | float = 0
 
-    def __call__(self, epsilon: Network, images: Shaped[Array, "n h w c"], keys: Key[Array, " n"], schedule: Schedule) -> Draws:
-        """Of bytes."""
-        return bits_per_dimension(self.log_density, epsilon, images, schedule, keys, timestep=self.timestep, draws=self.draws)
+    def __call__(self, epsilon: Network, batch: Any, keys: Key[Array, " n"], schedule: Schedule, space: Space) -> Draws:
+        """Of bytes.
+
+        Raises: ValueError in another space than that of pixels.
+        """
+        if not isinstance(space, PixelSpace):
+            raise ValueError("bits are spent on pixels, and this model knows the density of latents: measure that (CleanDensity)")
+        return bits_per_dimension(self.log_density, epsilon, batch, schedule, keys, timestep=self.timestep, draws=self.draws)
 
 
 @dataclasses.dataclass(frozen=True)
 class CleanDensity(Measure):
-    """log of the density of clean images at a timestep (see `clean_log_density`)."""
+    """log of the density of clean data at a timestep (see `clean_log_density`): of pixels, or of the most likely latents."""
 
     log_density: LogDensity
     timestep: int | float
 
-    def __call__(self, epsilon: Network, images: Shaped[Array, "n h w c"], keys: Key[Array, " n"], schedule: Schedule) -> Draws:
-        """Of bytes, or numbers from 0 to 1."""
-        return clean_log_density(self.log_density, epsilon, to_model(images), schedule, keys, timestep=self.timestep)
+    def __call__(self, epsilon: Network, batch: Any, keys: Key[Array, " n"], schedule: Schedule, space: Space) -> Draws:
+        """In nats."""
+        return clean_log_density(self.log_density, epsilon, space.clean(batch), schedule, keys, timestep=self.timestep)
 
 
 @dataclasses.dataclass(frozen=True)
 class Reconstruction(Measure):
-    """Errors of reconstruction from a timestep, squared pixels from −1 to 1 (see `reconstruction_errors`)."""
+    """Errors of reconstruction from a timestep, squared pixels from −1 to 1 (see `reconstruction_errors`).
+
+    In a space of latents noise is added to the most likely ones; the error of the autoencoder itself is in all errors alike.
+    """
 
     timestep: int
     draws: int = 2
 
-    def __call__(self, epsilon: Network, images: Shaped[Array, "n h w c"], keys: Key[Array, " n"], schedule: Schedule) -> Draws:
-        """Of bytes, or numbers from 0 to 1."""
-        return reconstruction_errors(epsilon, to_model(images), schedule, keys, timestep=self.timestep, draws=self.draws)
+    def __call__(self, epsilon: Network, batch: Any, keys: Key[Array, " n"], schedule: Schedule, space: Space) -> Draws:
+        """A column for each draw."""
+        return reconstruction_errors(
+            epsilon,
+            space.clean(batch),
+            schedule,
+            keys,
+            timestep=self.timestep,
+            draws=self.draws,
+            decode=space.decode,
+            images=space.images(batch),
+        )
 
 
 @functools.lru_cache
 def _program(graphdef: Any, objective: Denoising, measure: Measure, batch: int) -> InBatches[Any]:
     """One for all models that differ in their parameters alone."""
 
-    def of_batch(params: Any, images: Shaped[Array, "n h w c"], keys: Key[Array, " n"]) -> Draws:
-        epsilon = noise_function(nnx.merge(graphdef, params), objective.schedule, objective.prediction)
-        return measure(epsilon, images, keys, objective.schedule)
+    def of_batch(known: tuple[Any, Space], batch: Any, keys: Key[Array, " n"]) -> Draws:
+        params, space = known
+        network = space.network(nnx.merge(graphdef, params), batch)
+        epsilon = noise_function(network, objective.schedule, objective.prediction)
+        return measure(epsilon, batch, keys, objective.schedule, space)
 
     return InBatches(of_batch, batch)
 
 
 def assess(
-    model: Pipeline,
-    pixels: UInt8[np.ndarray, "n h w c"] | Float32[np.ndarray, "n h w c"],
+    model: Model,
+    images: PyTree[Shaped[np.ndarray, "n ..."]],
     measure: Measure,
     *,
     key: Key[Array, ""],
@@ -98,16 +118,18 @@ def assess(
     """A measure of all images, batch by batch through one program.
 
     Args:
+        images: what the model's space knows of them (`Model.batch`): in that of pixels, as files hold them.
         progress: told after each batch how many images are done, of how many.
     """
     graphdef, params = nnx.split(model.unet, nnx.Param)
-    return _program(graphdef, model.objective, measure, min(batch, len(pixels)))(params, pixels, key=key, progress=progress)
+    size = min(batch, len(jax.tree.leaves(images)[0]))
+    return _program(graphdef, model.objective, measure, size)((params, model.space), images, key=key, progress=progress)
 
 
 def forgetting(
-    before: Pipeline,
-    after: Pipeline,
-    pixels: UInt8[np.ndarray, "n h w c"] | Float32[np.ndarray, "n h w c"],
+    before: Model,
+    after: Model,
+    images: PyTree[Shaped[np.ndarray, "n ..."]],
     log_density: LogDensity,
     *,
     timestep: int | float,
@@ -121,9 +143,9 @@ def forgetting(
     """
     if nnx.graphdef(before.unet) != nnx.graphdef(after.unet) or before.objective != after.objective:
         raise ValueError("the two models differ in more than their parameters: their densities are of different noise")
-    measure, count = CleanDensity(log_density, timestep), len(pixels)
+    measure, count = CleanDensity(log_density, timestep), len(jax.tree.leaves(images)[0])
     found = []
     for i, model in enumerate((before, after)):
         told = None if progress is None else lambda done, _, i=i: progress(i * count + done, 2 * count)
-        found.append(assess(model, pixels, measure, key=key, batch=batch, progress=told))
+        found.append(assess(model, images, measure, key=key, batch=batch, progress=told))
     return intrinsic_forgetting(found[0], found[1], before.objective.schedule, timestep=timestep)

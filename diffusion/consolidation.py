@@ -24,7 +24,6 @@ The gradient of the penalty goes through the optimiser with that of the loss: ho
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -32,11 +31,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Key, Shaped, UInt8
+from jaxtyping import Array, Float, Key, PyTree, Shaped
 
 from diffusion.backend import compiler_options
 from diffusion.objective import Denoising
-from diffusion.pixels import checked, to_model
+from diffusion.pixels import checked
+from diffusion.space import PixelSpace, Space
 from hopjax.cli.tasks import description
 from hopjax.data import Images
 
@@ -112,9 +112,11 @@ class Consolidation:
         """All that the penalty depends on, besides the model and the key."""
         return {"strength": self.strength, "samples": self.samples, "data": description(self.images)}
 
-    def penalty(self, graphdef: Any, params: Any, objective: Denoising, *, key: Key[Array, ""]) -> Penalty:
-        """For a run that starts from `params`; on the host."""
-        found = fisher(graphdef, params, objective, self.images.pixels, key=key, samples=self.samples)
+    def penalty(
+        self, graphdef: Any, params: Any, objective: Denoising, batch: Any, *, key: Key[Array, ""], space: Space = PixelSpace()
+    ) -> Penalty:
+        """For a run that starts from `params`, on the host; `batch` is what the space knows of the images."""
+        found = fisher(graphdef, params, objective, batch, key=key, samples=self.samples, space=space)
         return jax.device_get(Penalty(np.float32(self.strength), params, found))
 
 
@@ -122,12 +124,14 @@ class Consolidation:
 def _program(graphdef: Any, objective: Denoising) -> Callable[..., Any]:
     """One for all models that differ in their parameters alone: adds a batch to the sums of losses and of squared gradients."""
 
-    def loss(params: Any, image: Float[Array, "h w c"], key: Key[Array, ""]) -> Float[Array, ""]:
-        network = nnx.merge(graphdef, params)
-        return objective(lambda x, t: network(x, t), image[None], key).losses[0]
+    def loss(params: Any, space: Space, image: Any, key: Key[Array, ""]) -> Float[Array, ""]:
+        batch = jax.tree.map(lambda row: row[None], image)
+        # The objective splits the key in two, which this one is none of.
+        clean = space.clean(batch, jax.random.fold_in(key, 2))
+        return objective(space.network(nnx.merge(graphdef, params), batch), clean, key).losses[0]
 
-    def add(total: tuple[Array, Any], params: Any, images: Shaped[Array, "n h w c"], keys: Key[Array, " n"]) -> tuple[Array, Any]:
-        losses, gradients = jax.vmap(jax.value_and_grad(loss), in_axes=(None, 0, 0))(params, to_model(images), keys)
+    def add(total: tuple[Array, Any], params: Any, space: Space, batch: Any, keys: Key[Array, " n"]) -> tuple[Array, Any]:
+        losses, gradients = jax.vmap(jax.value_and_grad(loss), in_axes=(None, None, 0, 0))(params, space, batch, keys)
         squares = jax.tree.map(lambda gradient: jnp.sum(jnp.square(gradient), axis=0), gradients)
         return jax.tree.map(jnp.add, total, (jnp.sum(losses), squares))
 
@@ -138,11 +142,12 @@ def fisher(
     graphdef: Any,
     params: Any,
     objective: Denoising,
-    pixels: UInt8[np.ndarray, "n h w c"] | Float32[np.ndarray, "n h w c"],
+    images: PyTree[Shaped[np.ndarray, "n ..."]],
     *,
     key: Key[Array, ""],
     samples: int = 1024,
     batch: int = BATCH,
+    space: Space = PixelSpace(),
     progress: Callable[[int, int], None] | None = None,
 ) -> Any:
     """F as above, without dropout: a tree like the parameters, float32, on one device.
@@ -150,16 +155,18 @@ def fisher(
     Sample i is of image ⌊i n / samples⌋, at the timestep and noise that `objective` draws with `fold_in(key, i)`, whatever the batch.
 
     Args:
-        graphdef: of a module called with (image, timestep).
-        pixels: of the earlier task, as files hold them.
+        graphdef: of the network.
+        images: of the earlier task, as the space knows them: in that of pixels, as files hold them.
         samples: gradients; the standard error of F_i is F_i √((κ − 1)/samples), κ the kurtosis of its gradient.
         batch: gradients in memory at once, each of the size of the parameters.
         progress: told after each batch how many samples are done, of how many.
 
     Raises: ValueError if there are no images, or if the samples are not a number of whole batches.
     """
-    if len(pixels) == 0:
-        raise ValueError(f"need at least one image, got shape {pixels.shape}")
+    first = jax.tree.leaves(images)[0]
+    count = len(first)
+    if count == 0:
+        raise ValueError(f"need at least one image, got shape {first.shape}")
     if batch < 1 or samples < 1 or samples % batch:
         raise ValueError(f"samples = {samples} must be a multiple of batch = {batch}, both at least 1")
     program = _program(graphdef, objective)
@@ -167,11 +174,13 @@ def fisher(
     for first in range(0, samples, batch):
         places = np.arange(first, first + batch)
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.asarray(places))
-        total = program(total, params, jnp.asarray(pixels[places * len(pixels) // samples]), keys)
+        chosen = places * count // samples
+        total = program(total, params, space, jax.tree.map(lambda rows, chosen=chosen: jnp.asarray(rows[chosen]), images), keys)
         if progress is not None:
             jax.block_until_ready(total)
             progress(first + batch, samples)
     loss, squares = total
     # (d / 2ℓ̄) × mean of squares: the number of samples cancels.
-    scale = math.prod(pixels.shape[1:]) / (2 * loss)
+    numbers = jax.eval_shape(lambda: space.clean(jax.tree.map(lambda rows: jnp.asarray(rows[:1]), images), key)).size
+    scale = numbers / (2 * loss)
     return jax.tree.map(lambda square: scale * square, squares)

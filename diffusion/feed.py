@@ -5,9 +5,11 @@ An epoch holds every image of the new task once, in a random order, with images 
 
 import dataclasses
 import functools
+from typing import Any
 
+import jax
 import numpy as np
-from jaxtyping import Float32, Int64, Shaped, UInt8
+from jaxtyping import Int64, PyTree, Shaped
 
 # What the second entry of a seed stands for.
 _ORDER, _BUFFER = 0, 1
@@ -22,7 +24,7 @@ class Feed:
     """Batches of images in memory or mapped from a file; only the rows of a batch are ever read.
 
     Attributes:
-        images: the task's, uint8 or float32.
+        images: the task's, an array of uint8 or float32; or a tree of arrays with a row for each image, of which batches are such trees.
         batch_size: images in a batch, of both kinds; what is left of an epoch after its last whole batch is left out.
         seed: of the order.
         replay: images of an earlier task, of the same shape and dtype; None for none.
@@ -32,10 +34,10 @@ class Feed:
     Raises: ValueError naming what does not fit and what would.
     """
 
-    images: UInt8[np.ndarray, "n h w c"] | Float32[np.ndarray, "n h w c"]
+    images: PyTree[Shaped[np.ndarray, "n ..."]]
     batch_size: int
     seed: int = 0
-    replay: UInt8[np.ndarray, "m h w c"] | Float32[np.ndarray, "m h w c"] | None = None
+    replay: PyTree[Shaped[np.ndarray, "m ..."]] | None = None
     replay_ratio: float | int | None = None
 
     def __post_init__(self) -> None:
@@ -46,11 +48,11 @@ class Feed:
             if self.replay_ratio is not None:
                 raise ValueError(f"replay_ratio = {self.replay_ratio} needs a replay buffer: give one, or no ratio")
         else:
-            if len(self.replay) == 0:
+            if _count(self.replay) == 0:
                 raise ValueError("the replay buffer is empty: leave it out")
-            new, old = ((images.dtype, images.shape[1:]) for images in (self.images, self.replay))
+            new, old = (_like(images) for images in (self.images, self.replay))
             if new != old:
-                raise ValueError(f"replayed images are {old[0]} {old[1]}, new ones {new[0]} {new[1]}: they must be alike")
+                raise ValueError(f"replayed images are {old}, new ones {new}: they must be alike")
             if self.replay_ratio is not None and not 0 < self.replay_ratio < 1:
                 raise ValueError(f"replay_ratio = {self.replay_ratio} is out of range: need 0 < replay_ratio < 1")
         if not 1 <= self.batch_size <= self.epoch_size:
@@ -59,18 +61,23 @@ class Feed:
             )
 
     @property
+    def new(self) -> int:
+        """Images of the new task, each of which is once in an epoch."""
+        return _count(self.images)
+
+    @property
     def replayed(self) -> int:
         """Replayed images in an epoch."""
         if self.replay is None:
             return 0
         if self.replay_ratio is None:
-            return len(self.replay)
-        return max(1, round(len(self.images) * self.replay_ratio / (1 - self.replay_ratio)))
+            return _count(self.replay)
+        return max(1, round(self.new * self.replay_ratio / (1 - self.replay_ratio)))
 
     @property
     def epoch_size(self) -> int:
         """Images in an epoch, of both kinds."""
-        return len(self.images) + self.replayed
+        return self.new + self.replayed
 
     @property
     def epoch_batches(self) -> int:
@@ -82,19 +89,32 @@ class Feed:
         epoch, i = divmod(batch, self.epoch_batches)
         return self._epoch(epoch)[i * self.batch_size : (i + 1) * self.batch_size]
 
-    def batch(self, number: int) -> Shaped[np.ndarray, "{self.batch_size} h w c"]:
+    def batch(self, number: int) -> PyTree[Shaped[np.ndarray, "{self.batch_size} ..."]]:
         """The images of a batch, counted from the start of training."""
         places = self.places(number)
         if self.replay is None:
-            return self.images[places]
-        new = places < len(self.images)
-        batch = np.empty((self.batch_size, *self.images.shape[1:]), self.images.dtype)
-        batch[new] = self.images[places[new]]
-        batch[~new] = self.replay[places[~new] - len(self.images)]
-        return batch
+            return jax.tree.map(lambda images: images[places], self.images)
+        new = places < self.new
+
+        def mixed(images: Shaped[np.ndarray, "n ..."], replay: Shaped[np.ndarray, "m ..."]) -> Shaped[np.ndarray, "k ..."]:
+            batch = np.empty((self.batch_size, *images.shape[1:]), images.dtype)
+            batch[new] = images[places[new]]
+            batch[~new] = replay[places[~new] - len(images)]
+            return batch
+
+        return jax.tree.map(mixed, self.images, self.replay)
 
     def _epoch(self, epoch: int) -> Int64[np.ndarray, " {self.epoch_size}"]:
-        return _epoch(self.seed, epoch, len(self.images), 0 if self.replay is None else len(self.replay), self.replayed)
+        return _epoch(self.seed, epoch, self.new, 0 if self.replay is None else _count(self.replay), self.replayed)
+
+
+def _count(images: PyTree[Shaped[np.ndarray, "n ..."]]) -> int:
+    return len(jax.tree.leaves(images)[0])
+
+
+def _like(images: Any) -> str:
+    """What images must have in common to be in a batch together."""
+    return ", ".join(f"{array.dtype} {array.shape[1:]}" for array in jax.tree.leaves(images))
 
 
 @functools.lru_cache(maxsize=2)

@@ -14,6 +14,7 @@ from diffusion.backend import compiler_options
 from diffusion.objective import Denoising
 from diffusion.pixels import to_bytes
 from diffusion.samplers import DDIM, Sampler, Samples, noise_function
+from diffusion.space import PixelSpace, Space
 
 
 class Generated(NamedTuple):
@@ -26,6 +27,8 @@ class Generated(NamedTuple):
 @functools.partial(jax.jit, static_argnames=("graphdef", "objective", "sampler", "shape", "clip"), compiler_options=compiler_options())
 def _batch(
     params: Any,
+    space: Space,
+    asked: Any,
     key: Key[Array, ""],
     places: Int[Array, " n"],
     *,
@@ -35,10 +38,13 @@ def _batch(
     shape: tuple[int, int, int],
     clip: float | None,
 ) -> Samples:
-    noise = jax.vmap(lambda place: jax.random.normal(jax.random.fold_in(key, place), shape, jnp.float32))(places)
-    epsilon = noise_function(nnx.merge(graphdef, params), objective.schedule, objective.prediction, clip=clip)
+    size = space.shape(shape)
+    noise = jax.vmap(lambda place: jax.random.normal(jax.random.fold_in(key, place), size, jnp.float32))(places)
+    network = space.network(nnx.merge(graphdef, params), asked)
+    epsilon = noise_function(network, objective.schedule, objective.prediction, clip=clip)
     # Beyond all places, so that the steps' noise is not the start's.
-    return sampler(epsilon, noise, objective.schedule, key=jax.random.fold_in(jax.random.fold_in(key, 2**31), places[0]))
+    found = sampler(epsilon, noise, objective.schedule, key=jax.random.fold_in(jax.random.fold_in(key, 2**31), places[0]))
+    return found._replace(images=space.decode(found.images))
 
 
 def generate(
@@ -52,6 +58,8 @@ def generate(
     sampler: Sampler = DDIM(50),
     batch: int = 64,
     clip: float | None = 1.0,
+    space: Space = PixelSpace(),
+    asked: Any = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Generated:
     """`count` images of `shape`, height × width × channels.
@@ -60,7 +68,9 @@ def generate(
 
     Args:
         batch: images at once; the last batch is filled up and cut.
-        clip: what estimates of the clean image are clipped to on the way; None for nothing.
+        clip: what estimates of the clean data are clipped to on the way; None for nothing.
+        space: in which the network works.
+        asked: what the space is to know of the images, a tree of `count` rows; None for nothing.
         progress: told how many more images there are.
 
     Raises: ValueError if `count` or `batch` is not positive.
@@ -70,8 +80,11 @@ def generate(
     batch = min(batch, count)
     images, evaluations = [], 0
     for start in range(0, count, batch):
+        rows = np.minimum(np.arange(start, start + batch), count - 1)
         found = _batch(
             params,
+            space,
+            jax.tree.map(lambda array, rows=rows: jnp.asarray(array[rows]), asked),
             key,
             jnp.arange(start, start + batch, dtype=jnp.int32),
             graphdef=graphdef,

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, PyTree, Shaped
 
 # Arrays below this are not worth the communication.
 WHOLE_BELOW = 2**12
@@ -46,15 +46,19 @@ class Layout:
         return jax.make_mesh((replicas, self.fsdp), ("replicas", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
 
-def sharded_batch(mesh: Mesh, batch: Shaped[np.ndarray, "n *shape"]) -> Shaped[Array, "n *shape"]:
+def sharded_batch(mesh: Mesh, batch: PyTree[Shaped[np.ndarray, "n ..."]]) -> PyTree[Shaped[Array, "n ..."]]:
     """A batch split over all devices; each process passes the whole batch and keeps its part.
 
     Raises: ValueError if the batch does not divide.
     """
-    if len(batch) % mesh.size:
-        raise ValueError(f"batch_size = {len(batch)} must be a multiple of the number of devices, {mesh.size}")
     sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    return jax.make_array_from_callback(batch.shape, sharding, lambda index: batch[index])
+
+    def split(array: Shaped[np.ndarray, "n ..."]) -> Shaped[Array, "n ..."]:
+        if len(array) % mesh.size:
+            raise ValueError(f"batch_size = {len(array)} must be a multiple of the number of devices, {mesh.size}")
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(split, batch)
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A U-Net as a learner of the continual-learning protocol: each task is a run in a folder, each model a diffusers pipeline in it."""
+"""A U-Net as a learner of the continual-learning protocol: each task is a run in a folder, each model a folder of diffusers in it."""
 
 import contextlib
 import dataclasses
@@ -14,9 +14,9 @@ from diffusion.assess import CleanDensity, Measure, Reconstruction, assess
 from diffusion.consolidation import STRENGTH, Consolidation
 from diffusion.generate import generate
 from diffusion.likelihood import Draws, FlowLogDensity, Hutchinson
-from diffusion.pipeline import Pipeline, read_pipeline
+from diffusion.pipeline import Model
 from diffusion.protocol import Densities
-from diffusion.run import MODEL, Rhythm, Task, completed, run
+from diffusion.run import MODEL, Rhythm, Task, abstract_of, completed, run
 from diffusion.samplers import ProbabilityFlow
 from diffusion.schedules import Schedule
 from diffusion.settings import Settings
@@ -42,6 +42,7 @@ class UNetLearner:
         first: settings of the first task; the seed is replaced.
         later: of each later one, which starts from the averaged parameters of the one before.
         rhythm: of all runs.
+        base: what the first task starts from; None for random parameters. Models of latents have one, which says what latents are.
         batch: images reconstructed at once.
         strength: λ of elastic weight consolidation, where it is asked for (see `diffusion.consolidation`).
         watch: for the time of a run, of which it gets name and settings, gives what is told how many steps are done.
@@ -52,6 +53,7 @@ class UNetLearner:
     first: Settings
     later: Settings
     rhythm: Rhythm = Rhythm(sample_every=0)
+    base: Model | None = None
     batch: int = 50
     strength: float = STRENGTH
     watch: Callable[[str, Settings], contextlib.AbstractContextManager[Callable[[int, Record | None], None]]] = _unwatched
@@ -63,11 +65,11 @@ class UNetLearner:
         seed: int,
         images: Images,
         *,
-        start: Pipeline | None,
+        start: Model | None,
         replay: Images | None,
         replayed: Int64[np.ndarray, " k"] | None,
         consolidate: Images | None = None,
-    ) -> Pipeline:
+    ) -> Model:
         """The model at the end of a run.
 
         Args:
@@ -78,7 +80,7 @@ class UNetLearner:
         chosen = self.first if start is None else self.later
         settings = dataclasses.replace(chosen, length=dataclasses.replace(chosen.length, seed=seed))
         kept = None if consolidate is None else Consolidation(consolidate, self.strength)
-        task = Task(images, replay, replayed, start, consolidation=kept)
+        task = Task(images, replay, replayed, self.base if start is None else start, consolidation=kept)
         folder = self.folder / name
         found = completed(folder, task, settings)
         if found is None:
@@ -86,7 +88,7 @@ class UNetLearner:
                 step = run(folder, task, settings, self.rhythm, watch=watch, stop=self.stop).step
             if step < settings.length.steps:
                 raise Unfinished(f"saved step {step:,} of {settings.length.steps:,} in {folder}")
-            found = read_pipeline(folder / MODEL)
+            found = abstract_of(task, settings).read(folder / MODEL)
         return found
 
     @property
@@ -94,18 +96,18 @@ class UNetLearner:
         """Of the noise."""
         return self.first.noise.objective().schedule
 
-    def fingerprint(self, model: Pipeline) -> str:
+    def fingerprint(self, model: Model) -> str:
         """Of the parameters and the noise that they were trained on."""
         return model.fingerprint()
 
     def reconstruct(
-        self, model: Pipeline, images: Images, *, timestep: int, draws: int, seed: int, progress: Callable[[int], None]
+        self, model: Model, images: Images, *, timestep: int, draws: int, seed: int, progress: Callable[[int], None]
     ) -> Float[np.ndarray, "n m"]:
         """See `diffusion.assess.Reconstruction`."""
         return np.asarray(self._assess(model, images, Reconstruction(timestep, draws), seed, progress).values)
 
     def log_densities(
-        self, model: Pipeline, images: Images, measure: str, how: Densities, *, seed: int, progress: Callable[[int], None]
+        self, model: Model, images: Images, measure: str, how: Densities, *, seed: int, progress: Callable[[int], None]
     ) -> Draws:
         """See `diffusion.assess.CleanDensity`."""
         flow = FlowLogDensity(Hutchinson(how.probes), ProbabilityFlow(how.tolerance, how.tolerance))
@@ -113,14 +115,26 @@ class UNetLearner:
         return self._assess(model, images, CleanDensity(log_density, how.timestep), seed, progress)
 
     def generate(
-        self, model: Pipeline, shape: tuple[int, int, int], count: int, *, seed: int, progress: Callable[[int], None]
+        self, model: Model, shape: tuple[int, int, int], count: int, *, seed: int, progress: Callable[[int], None]
     ) -> UInt8[np.ndarray, "n h w c"]:
         """By the default sampler of `diffusion.generate`."""
         graphdef, params = nnx.split(model.unet, nnx.Param)
         key = jax.random.key(seed)
-        return generate(graphdef, params, model.objective, shape, count, key=key, batch=self.batch, progress=progress).images
+        return generate(
+            graphdef,
+            params,
+            model.objective,
+            shape,
+            count,
+            key=key,
+            batch=self.batch,
+            clip=model.space.clip,
+            space=model.space,
+            asked=model.asked(count),
+            progress=progress,
+        ).images
 
-    def _assess(self, model: Pipeline, images: Images, measure: Measure, seed: int, progress: Callable[[int], None]) -> Draws:
+    def _assess(self, model: Model, images: Images, measure: Measure, seed: int, progress: Callable[[int], None]) -> Draws:
         done = 0
 
         def tell(now: int, _: int) -> None:
@@ -128,4 +142,4 @@ class UNetLearner:
             progress(now - done)
             done = now
 
-        return assess(model, images.pixels, measure, key=jax.random.key(seed), batch=self.batch, progress=tell)
+        return assess(model, model.batch(images, pixels=True), measure, key=jax.random.key(seed), batch=self.batch, progress=tell)

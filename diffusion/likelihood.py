@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Key, Shaped, UInt8
+from jaxtyping import Array, Float, Int, Key, PyTree, Shaped, UInt8
 
 from diffusion.backend import compiler_options
 from diffusion.samplers import Network, ProbabilityFlow, probability_flow
@@ -281,26 +281,30 @@ class InBatches(Generic[Params]):
     def __call__(
         self,
         params: Params,
-        images: Shaped[np.ndarray, "n *shape"],
+        images: PyTree[Shaped[np.ndarray, "n ..."]],
         *,
         key: Key[Array, ""],
         progress: Callable[[int, int], None] | None = None,
     ) -> Draws:
         """The measure of all images, in memory or mapped from a file: only the rows of a batch are read at a time.
 
+        An image may be a row of each of several arrays in a tree.
+
         Args:
             progress: told after each batch how many images are done, of how many.
 
         Raises: ValueError if there are no images.
         """
-        count = len(images)
+        leaf = jax.tree.leaves(images)[0]
+        count = len(leaf)
         if count == 0:
-            raise ValueError(f"need at least one image, got shape {images.shape}")
+            raise ValueError(f"need at least one image, got shape {leaf.shape}")
         parts = []
         for first in range(0, count, self.size):
             rows = np.arange(first, first + self.size)
             # The last batch is filled up with its last image: one more shape would be one more compilation.
-            batch = jnp.asarray(images[np.minimum(rows, count - 1)])
+            filled = np.minimum(rows, count - 1)
+            batch = jax.tree.map(lambda array, filled=filled: jnp.asarray(array[filled]), images)
             keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.asarray(rows))
             parts.append(jax.device_get(self._program(params, batch, keys)))
             if progress is not None:

@@ -5,12 +5,13 @@ unet/config.json, unet/diffusion_pytorch_model.safetensors
 scheduler/scheduler_config.json
 """
 
+import dataclasses
 import difflib
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +19,14 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from diffusion.config import UNetConfig
 from diffusion.objective import Denoising
+from diffusion.pixels import checked
 from diffusion.schedules import CosineSchedule, LinearSchedule, Prediction, ScaledLinearSchedule, Schedule
+from diffusion.space import PixelSpace, Space
 from diffusion.unet import UNet
 from diffusion.weights import CONFIG, new_folder, read_json, read_unet, write_json, write_unet
+from hopjax.data import Images
 
 INDEX = "model_index.json"
 SCHEDULER = "scheduler_config.json"
@@ -30,11 +35,79 @@ SCHEDULER = "scheduler_config.json"
 _NAMES: dict[str, type[Schedule]] = {"linear": LinearSchedule, "scaled_linear": ScaledLinearSchedule, "squaredcos_cap_v2": CosineSchedule}
 
 
+@runtime_checkable
+class Model(Protocol):
+    """What a run goes on from and ends with: a network, its loss, and the space in which it works."""
+
+    @property
+    def unet(self) -> Any:
+        """The network that is trained, a module that is made as UNet is, with a `config`."""
+
+    @property
+    def objective(self) -> Denoising:
+        """The loss that it is trained to minimise."""
+
+    @property
+    def space(self) -> Space:
+        """What of an image is noised, and how the network is called."""
+
+    def config_for(self, shape: tuple[int, int, int], dropout: float) -> Any:
+        """The network's configuration for images of this shape; ValueError if it does not take them."""
+
+    def batch(self, images: Images, *, pixels: bool, progress: Callable[[int], None] = lambda _: None) -> Any:
+        """What the space knows of these images, an array or a tree of them.
+
+        Args:
+            pixels: with the images themselves.
+            progress: told how many more images are done.
+        """
+
+    def asked(self, count: int) -> Any:
+        """What is known of so many images that there are not yet: what the network is to make them of; None for nothing."""
+
+    def fingerprint(self) -> str:
+        """A hash of what it computes."""
+
+    def trained(self, unet: Any) -> "Model":
+        """The same with another network."""
+
+    def write(self, folder: Path) -> None:
+        """As a folder of diffusers, whole or not at all; ValueError if there is one."""
+
+    def read(self, folder: Path) -> "Model":
+        """The same with the network in a folder that `write` wrote."""
+
+
 class Pipeline(NamedTuple):
-    """A network, and the loss that it was trained to minimise: schedule and prediction."""
+    """A network of pixels, and the loss that it was trained to minimise: schedule and prediction."""
 
     unet: UNet
     objective: Denoising
+
+    @property
+    def space(self) -> Space:
+        """Pixels."""
+        return PixelSpace()
+
+    def config_for(self, shape: tuple[int, int, int], dropout: float) -> UNetConfig:
+        """The network's configuration with another dropout; ValueError unless it is of images of this shape."""
+        config = self.unet.config
+        if config.in_channels != shape[2]:
+            raise ValueError(f"the model to start from takes {config.in_channels} channels, the images have {shape[2]}")
+        size = config.sample_size
+        if size is not None and ((size, size) if isinstance(size, int) else size) != shape[:2]:
+            raise ValueError(
+                f"the model to start from draws images of {size}, these are {' × '.join(map(str, shape[:2]))}: give some of its size"
+            )
+        config.check_size(*shape[:2])
+        return dataclasses.replace(config, dropout=dropout)
+
+    def batch(self, images: Images, *, pixels: bool, progress: Callable[[int], None] = lambda _: None) -> Any:
+        """The images; DataError if no model is trained on them."""
+        return checked(images).pixels
+
+    def asked(self, count: int) -> None:
+        """Nothing."""
 
     def fingerprint(self) -> str:
         """A hash of what it computes: equal for equal parameters, configurations and noise."""
@@ -42,6 +115,18 @@ class Pipeline(NamedTuple):
         for leaf in jax.tree.leaves(nnx.state(self.unet, nnx.Param)):
             content.update(np.asarray(leaf).tobytes())
         return content.hexdigest()
+
+    def trained(self, unet: UNet) -> "Pipeline":
+        """The same with another network."""
+        return self._replace(unet=unet)
+
+    def write(self, folder: Path) -> None:
+        """See `write_pipeline`."""
+        write_pipeline(folder, self)
+
+    def read(self, folder: Path) -> "Pipeline":
+        """See `read_pipeline`."""
+        return read_pipeline(folder)
 
 
 def scheduler_config(objective: Denoising) -> dict[str, Any]:
@@ -85,7 +170,7 @@ def objective_of(fields: Mapping[str, Any]) -> Denoising:
     for field, value in {"num_train_timesteps": timesteps, **ends}.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError(f"{SCHEDULER}: {field} = {value!r} is not a number")
-    if timesteps != int(timesteps):
+    if isinstance(timesteps, float) and not timesteps.is_integer():
         raise ValueError(f"{SCHEDULER}: num_train_timesteps = {timesteps!r} is not a whole number")
     try:
         schedule = _NAMES[name](int(timesteps), **({} if name == "squaredcos_cap_v2" else ends))
@@ -109,12 +194,10 @@ def write_pipeline(folder: str | os.PathLike[str], pipeline: Pipeline) -> None:
         write_unet(partial / "unet", pipeline.unet)
 
 
-def read_pipeline(folder: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32) -> Pipeline:
-    """The model in a folder of diffusers: a pipeline's, or one with the network's config.json and the scheduler's beside it.
+def existing_folder(folder: str | os.PathLike[str]) -> Path:
+    """The folder, if it is one.
 
-    A folder without a scheduler has diffusers' default: the linear schedule, and a network that predicts the noise.
-
-    Raises: ValueError in one line if a file is missing, damaged, or describes something else.
+    Raises: ValueError in one line if it is not, naming the nearest one beside it.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -123,6 +206,17 @@ def read_pipeline(folder: str | os.PathLike[str], *, dtype: DTypeLike = jnp.floa
         beside = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
         near = difflib.get_close_matches(folder.name, beside, n=1)
         raise ValueError(f"{folder} does not exist" + (f"; did you mean {folder.with_name(near[0])}?" if near else ""))
+    return folder
+
+
+def read_pipeline(folder: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32) -> Pipeline:
+    """The model in a folder of diffusers: a pipeline's, or one with the network's config.json and the scheduler's beside it.
+
+    A folder without a scheduler has diffusers' default: the linear schedule, and a network that predicts the noise.
+
+    Raises: ValueError in one line if a file is missing, damaged, or describes something else.
+    """
+    folder = existing_folder(folder)
     network = folder if (folder / CONFIG).is_file() else folder / "unet"
     scheduler = next((file for file in (folder / "scheduler" / SCHEDULER, folder / SCHEDULER) if file.is_file()), None)
     return Pipeline(read_unet(network, dtype=dtype), objective_of({} if scheduler is None else read_json(scheduler)))

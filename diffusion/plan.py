@@ -1,15 +1,20 @@
 """What a run will take: counted, compiled and measured before it begins."""
 
+import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from diffusion.layout import sharded_batch
-from diffusion.run import Task, feed_of, model_of, program_of
+from diffusion.consolidation import Penalty
+from diffusion.layout import sharded_batch, state_shardings
+from diffusion.run import Task, abstract_of, feed_of, params_of, program_of
 from diffusion.settings import Settings
+from diffusion.train import Program
 from diffusion.unet import parameter_count
 from hopjax.cli.progress import duration, speed
 
@@ -27,7 +32,7 @@ class Plan(NamedTuple):
         epoch_batches: steps in an epoch.
         images: of the task, and replayed in an epoch.
         compile_seconds: of the step.
-        step_seconds: median of a few steps.
+        step_seconds: median of a few steps; NaN if none was taken.
     """
 
     parameters: int
@@ -47,40 +52,75 @@ class Plan(NamedTuple):
         yield f"parameters: {self.parameters:,}"
         yield "memory of a device: " + ", ".join(f"{kind} {count / 2**20:,.1f} MiB" for kind, count in self.bytes.items())
         yield f"compilation: {self.compile_seconds:.1f} s (kept for the next time)"
-        yield f"a step: {self.step_seconds:.3g} s, {speed(self.batch_size / self.step_seconds, 'images')}"
-        yield f"training: about {duration(self.steps * self.step_seconds)}, besides samples and checkpoints"
+        if not math.isnan(self.step_seconds):
+            yield f"a step: {self.step_seconds:.3g} s, {speed(self.batch_size / self.step_seconds, 'images')}"
+            yield f"training: about {duration(self.steps * self.step_seconds)}, besides samples and checkpoints"
 
 
-def plan(task: Task, settings: Settings) -> Plan:
-    """Compile the step of a run and time a few; nothing is written."""
-    feed, model = feed_of(task, settings), model_of(task, settings)
-    program, params = program_of(model, settings)
-    state = program.initial(params)
-    start = time.perf_counter()
-    step = program.compile(state, feed.batch(0))
-    compiled = time.perf_counter() - start
-    parts = {
-        kind: sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
-        for kind, tree in (("parameters", state.params), ("average", state.ema), ("optimiser", state.opt_state))
+def memory(program: Program, params: Any, batch: Any) -> tuple[dict[str, int], jax.stages.Compiled]:
+    """Bytes on a device by kind, and the compiled step; nothing is allocated, and all arrays may be abstract.
+
+    Gradients are counted as if all were there at once. What the compiler needs for them, activations and all else is known where the
+    backend tells (`memory_analysis`).
+    """
+    state = program.abstract(params)
+    compiled = program.lower(state, batch).compile()
+    kinds = {
+        "parameters": state.params,
+        "average": state.ema,
+        "optimiser": state.opt_state,
+        "penalty": program.penalty,
+        "frozen": program.space,
     }
-    parts["gradients"] = parts["parameters"]
-    memory = step.memory_analysis()
-    if memory is not None:  # not every backend tells
-        parts["activations and all else"] = max(0, memory.temp_size_in_bytes - parts["gradients"])
-    seconds = []
-    for number in range(TIMED + 1):
-        start = time.perf_counter()
-        batch = sharded_batch(program.mesh, feed.batch(number))
-        state, measured = step(state, batch, settings.key("training"))
-        jax.block_until_ready(measured)
-        seconds.append(time.perf_counter() - start)
+    parts = {kind: _bytes(program, tree) for kind, tree in kinds.items()}
+    parts = {kind: count for kind, count in parts.items() if count} | {"gradients": parts["parameters"]}
+    analysis = compiled.memory_analysis()
+    if analysis is not None:  # not every backend tells
+        parts["activations and all else"] = max(0, analysis.temp_size_in_bytes - parts["gradients"])
+    return parts, compiled
+
+
+def _bytes(program: Program, tree: Any) -> int:
+    """Of a tree, real or abstract, on one device."""
+    shardings = jax.tree.leaves(state_shardings(program.mesh, tree))
+    shares = [(sharding.shard_shape(leaf.shape), leaf) for leaf, sharding in zip(jax.tree.leaves(tree), shardings, strict=True)]
+    return sum(math.prod(shape) * leaf.dtype.itemsize for shape, leaf in shares)
+
+
+def plan(task: Task, settings: Settings, *, timed: bool = True) -> Plan:
+    """Compile the step of a run and, if asked, time a few; nothing is written but latents.
+
+    Args:
+        timed: if not, no parameter is allocated: the network may be larger than the memory, and that of the task's `start` abstract.
+    """
+    model = abstract_of(task, settings)
+    feed = feed_of(task, model, settings)
+    program, params = program_of(model, settings)
+    if task.consolidation is not None:
+        program = dataclasses.replace(program, penalty=Penalty(jax.ShapeDtypeStruct((), jnp.float32), params, params))
+    start = time.perf_counter()
+    parts, compiled = memory(program, params, feed.batch(0))
+    seconds = time.perf_counter() - start
     return Plan(
-        parameter_count(model),
+        parameter_count(model.unet),
         parts,
         settings.length.steps,
         feed.epoch_batches,
-        (len(feed.images), feed.replayed),
+        (feed.new, feed.replayed),
         feed.batch_size,
-        compiled,
-        statistics.median(seconds[1:]),
+        seconds,
+        _step_seconds(program, compiled, feed, task, settings) if timed else math.nan,
     )
+
+
+def _step_seconds(program: Program, compiled: jax.stages.Compiled, feed: Any, task: Task, settings: Settings) -> float:
+    """The median."""
+    if program.penalty is not None:  # the numbers in it take no time
+        program = dataclasses.replace(program, penalty=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), program.penalty))
+    step, state, seconds = program.bound(compiled), program.initial(params_of(task, settings)), []
+    for number in range(TIMED + 1):
+        start = time.perf_counter()
+        state, measured = step(state, sharded_batch(program.mesh, feed.batch(number)), settings.key("training"))
+        jax.block_until_ready(measured)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])

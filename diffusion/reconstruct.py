@@ -3,10 +3,11 @@ r"""How well a model still recovers an image that noise was added to: the paper'
 $$F_t(x_0) = \frac1d\,|x_0 - \hat x_0|^2, \qquad x_t = \alpha_t x_0 + \sigma_t\varepsilon,$$
 
 with x̂₀ the end of the reverse process that starts at x_t, averaged over draws of ε (arXiv:2605.27975, Eq. (12) and Appendix G). Pixels
-lie in −1 … 1, so errors are 4 × those of pixels in 0 … 1.
+lie in −1 … 1, so errors are 4 × those of pixels in 0 … 1. In a space of latents both are compared as images, x̂₀ decoded.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +58,8 @@ def reconstruction_errors(
     draws: int = 2,
     sampler: Sampler | None = None,
     clip: float | int | None = 1,
+    decode: Callable[[Float[Array, "n *shape"]], Float[Array, "n *image"]] = lambda clean: clean,
+    images: Float[Array, "n *image"] | None = None,
 ) -> Draws:
     """The mean squared error of each image's reconstruction, once for each draw of the noise; NaN where the network's output is.
 
@@ -69,17 +72,22 @@ def reconstruction_errors(
         timestep: at which the noisy image lies.
         draws: noisy images for each image, one after another in the memory of one.
         sampler: the reverse process (default: `reverse_process`).
-        clip: what the reconstruction is clipped to; None for nothing.
+        clip: what the reconstruction is clipped to, decoded; None for nothing.
+        decode: the images of reconstructions, which are compared.
+        images: to which; by default, to the clean data.
 
     Raises: ValueError without a draw, or for a timestep that is not in the schedule.
     """
     if draws < 1:
         raise ValueError(f"draws = {draws} is out of range: need draws ≥ 1")
-    axes = tuple(range(1, clean.ndim))
+    images = clean if images is None else images
+    axes = tuple(range(1, images.ndim))
 
     def draw(index: Int[Array, ""]) -> tuple[Array, Array]:
-        found = reconstructions(epsilon, clean, schedule, keys, timestep=timestep, draw=index, sampler=sampler, clip=clip)
-        return jnp.mean(jnp.square(found.images - clean), axis=axes), found.evaluations
+        found = reconstructions(epsilon, clean, schedule, keys, timestep=timestep, draw=index, sampler=sampler, clip=None)
+        decoded = decode(found.images)
+        decoded = decoded if clip is None else jnp.clip(decoded, -clip, clip)
+        return jnp.mean(jnp.square(decoded - images), axis=axes), found.evaluations
 
     errors, evaluations = jax.lax.map(draw, jnp.arange(draws))
     return Draws(errors.T, jnp.full(len(clean), jnp.sum(evaluations)))

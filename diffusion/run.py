@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
@@ -27,12 +26,12 @@ from PIL import Image
 
 from diffusion import figures, logs
 from diffusion.checkpoint import CheckpointError, Checkpoints
-from diffusion.config import UNetConfig
+from diffusion.config import CLASS_NAME, UNetConfig
 from diffusion.consolidation import Consolidation
 from diffusion.feed import Feed
 from diffusion.generate import generate
 from diffusion.layout import Layout
-from diffusion.pipeline import Pipeline, read_pipeline, write_pipeline
+from diffusion.pipeline import Model, Pipeline, read_pipeline
 from diffusion.pixels import checked, grid
 from diffusion.settings import Settings, SettingsError, difference
 from diffusion.train import Diverged, Pause, Program, Record, TrainState, record, train
@@ -98,7 +97,7 @@ class Task(NamedTuple):
     images: Images
     replay: Images | None = None
     replayed: np.ndarray | None = None
-    start: Pipeline | None = None
+    start: Model | None = None
     source: Mapping[str, Any] | None = None
     consolidation: Consolidation | None = None
 
@@ -111,12 +110,13 @@ class Finished(NamedTuple):
     step: int
 
 
-def config_of(task: Task, settings: Settings) -> UNetConfig:
+def config_of(task: Task, settings: Settings) -> Any:
     """The network's configuration.
 
-    Raises: RunError if the images do not fit the model to go on from, or what is to be kept of it.
+    Raises: DataError for images that no model is trained on; RunError if they do not fit the model to go on from, or what is to be kept
+        of it.
     """
-    shape = task.images.pixels.shape[1:]
+    shape = checked(task.images).pixels.shape[1:]
     if task.consolidation is not None:
         if task.start is None:
             raise RunError("there is nothing to consolidate in a model that has learnt nothing: give one to start from")
@@ -125,26 +125,27 @@ def config_of(task: Task, settings: Settings) -> UNetConfig:
             raise RunError(f"the images to consolidate have shape {kept}, those to learn {shape}: they must be alike")
     if task.start is None:
         return settings.network.config(*shape)
-    config, objective = task.start.unet.config, task.start.objective
+    objective = task.start.objective
     if objective != settings.noise.objective():
         raise RunError(f"the model to start from was trained with {objective}; these settings say {settings.noise.objective()}")
-    if config.in_channels != shape[2]:
-        raise RunError(f"the model to start from takes {config.in_channels} channels, the images have {shape[2]}")
-    size = config.sample_size
-    if size is not None and ((size, size) if isinstance(size, int) else size) != shape[:2]:
-        raise RunError(
-            f"the model to start from draws images of {size}, these are {' × '.join(map(str, shape[:2]))}: give some of its size"
-        )
-    config.check_size(*shape[:2])
-    return dataclasses.replace(config, dropout=settings.network.dropout)
+    try:
+        return task.start.config_for(shape, settings.network.dropout)
+    except ValueError as error:
+        raise RunError(str(error)) from error
 
 
-def model_of(task: Task, settings: Settings) -> UNet:
-    """The network before the first step; RunError as `config_of`."""
-    made = settings.network.make(config_of(task, settings), settings.key("parameters"))
-    if task.start is not None:
-        nnx.update(made, nnx.state(task.start.unet, nnx.Param))
-    return made
+def abstract_of(task: Task, settings: Settings) -> Model:
+    """The model that is trained, the network's parameters abstract; RunError as `config_of`."""
+    config = config_of(task, settings)
+    if task.start is None:
+        return Pipeline(settings.network.abstract(UNet, config), settings.noise.objective())
+    return task.start.trained(settings.network.abstract(type(task.start.unet), config))
+
+
+def params_of(task: Task, settings: Settings) -> Any:
+    """The network's parameters before the first step; RunError as `config_of`."""
+    made = settings.network.make(config_of(task, settings), settings.key("parameters")) if task.start is None else task.start.unet
+    return nnx.state(made, nnx.Param)
 
 
 def identity(task: Task, settings: Settings) -> dict[str, Any]:
@@ -161,7 +162,7 @@ def identity(task: Task, settings: Settings) -> dict[str, Any]:
     return known if task.consolidation is None else known | {CONSOLIDATION: task.consolidation.to_json()}
 
 
-def completed(folder: Path, task: Task, settings: Settings) -> Pipeline | None:
+def completed(folder: Path, task: Task, settings: Settings) -> Model | None:
     """The model of a run that has come to its end, without another look at its checkpoints; None if it has not.
 
     Raises: RunError for a run with other settings.
@@ -169,7 +170,7 @@ def completed(folder: Path, task: Task, settings: Settings) -> Pipeline | None:
     if not (folder / RUN).exists() or not (folder / MODEL).is_dir():
         return None
     check(folder, identity(task, settings))
-    return read_pipeline(folder / MODEL)
+    return abstract_of(task, settings).read(folder / MODEL)
 
 
 def _read(folder: Path, names: Iterable[str]) -> dict[str, Any]:
@@ -189,7 +190,13 @@ def check(folder: Path, wanted: dict[str, Any]) -> None:
     """
     if (folder / RUN).exists():
         whole = {CONSOLIDATION: None, **wanted}
-        changed = difference(_read(folder, whole), json.loads(json.dumps(whole)))
+        found = _read(folder, whole)
+        try:
+            # What there was no setting for was as its default is now.
+            found["settings"] = Settings.from_json(found["settings"]).to_json()
+        except ValueError as error:
+            raise RunError(f"{folder / RUN} was not written by this version: {error}") from error
+        changed = difference(found, json.loads(json.dumps(whole)))
         if changed:
             raise RunError(f"{folder} holds a run with other settings: {'; '.join(changed)}. Give the same, or name another folder")
         return
@@ -200,19 +207,18 @@ def check(folder: Path, wanted: dict[str, Any]) -> None:
     write(folder / RUN, (json.dumps(made, indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def feed_of(task: Task, settings: Settings) -> Feed:
-    """The batches of a task."""
+def feed_of(task: Task, model: Model, settings: Settings) -> Feed:
+    """The batches of a task, as the model takes them."""
     length = settings.length
-    replay = None if task.replay is None else checked(task.replay).pixels
-    return Feed(checked(task.images).pixels, length.batch_size, length.seed, replay, length.replay_ratio)
+    images, replay = (None if each is None else model.batch(each, pixels=False) for each in (task.images, task.replay))
+    return Feed(images, length.batch_size, length.seed, replay, length.replay_ratio)
 
 
-def program_of(model: UNet, settings: Settings) -> tuple[Program, Any]:
-    """What is compiled, and the parameters it starts from."""
-    graphdef, params = nnx.split(model, nnx.Param)
-    length = settings.length
-    mesh = settings.layout.mesh()
-    return Program(graphdef, settings.noise.objective(), settings.optimiser, length.steps, length.ema, mesh), params
+def program_of(model: Model, settings: Settings) -> tuple[Program, Any]:
+    """What is compiled, and the model's parameters."""
+    graphdef, params = nnx.split(model.unet, nnx.Param)
+    length, mesh = settings.length, settings.layout.mesh()
+    return Program(graphdef, model.objective, settings.optimiser, length.steps, length.ema, mesh, space=model.space), params
 
 
 def run(
@@ -235,10 +241,12 @@ def run(
 
     Raises: RunError for other settings than before, a loss that is not finite, or a disk that is full; nothing that was saved is lost.
     """
-    feed = feed_of(task, settings)
+    model = abstract_of(task, settings)
+    feed = feed_of(task, model, settings)
     if jax.process_index() == 0:
         check(folder, identity(task, settings))
-    program, params = program_of(model_of(task, settings), settings)
+    program, _ = program_of(model, settings)
+    params = params_of(task, settings)
     steps, stop = settings.length.steps, _agreed(stop)
     with contextlib.ExitStack() as stack:
         try:
@@ -255,7 +263,8 @@ def run(
                 say("estimating the Fisher information")
                 # No step has this number.
                 key = jax.random.fold_in(settings.key("training"), np.uint32(2**32 - 1))
-                penalty = task.consolidation.penalty(program.graphdef, params, program.objective, key=key)
+                held = model.batch(task.consolidation.images, pixels=False)
+                penalty = task.consolidation.penalty(program.graphdef, params, program.objective, held, key=key, space=program.space)
                 program = dataclasses.replace(program, penalty=penalty)
             say("compiling")
             step = program.compile(state, feed.batch(0))
@@ -285,9 +294,9 @@ def run(
                     if done % rhythm.save_every == 0 or done == steps or stop():
                         checkpoints.save(done, state, _position(task, feed, done, settings))
                     if rhythm.sample_every and (done % rhythm.sample_every == 0 or done == steps):
-                        averaged = program.gathered(state.ema)
+                        averaged = program.gathered(program.averaged(state))
                         if jax.process_index() == 0:
-                            _sheet(folder / SAMPLES / f"{done:07d}.png", program, averaged, task, settings)
+                            picture(folder / SAMPLES / f"{done:07d}.png", _samples(model, program, averaged, task, settings))
                             if (folder / LOG).exists():  # not before the first record
                                 write(folder / CURVE, figures.losses(logs.read(folder / LOG)))
             except Diverged as error:
@@ -298,9 +307,9 @@ def run(
                 raise Stopped(str(error)) from error
     done = int(state.step)
     if done == steps and not (folder / MODEL).exists():
-        averaged = program.gathered(state.ema)
+        averaged = program.gathered(program.averaged(state))
         if jax.process_index() == 0:
-            write_pipeline(folder / MODEL, Pipeline(nnx.merge(program.graphdef, averaged), program.objective))
+            model.trained(nnx.merge(program.graphdef, averaged)).write(folder / MODEL)
     return Finished(state, program, done)
 
 
@@ -319,9 +328,11 @@ def read_model(path: str | os.PathLike[str], *, averaged: bool = True) -> Pipeli
         return read_pipeline(folder / MODEL)
     known = _read(folder, ("settings", "network"))
     settings = dataclasses.replace(Settings.from_json(known["settings"]), layout=Layout())
-    config = UNetConfig.from_json(known["network"])
-    model = nnx.eval_shape(lambda: UNet(config, dtype=jnp.dtype(settings.network.dtype), rngs=nnx.Rngs(0)))
-    program, params = program_of(model, settings)
+    kind = known["network"].get("_class_name")
+    if kind != CLASS_NAME:
+        raise RunError(f"{folder} holds a run of a {kind}, whose model cannot be read before its end")
+    network = settings.network.abstract(UNet, UNetConfig.from_json(known["network"]))
+    program, params = program_of(Pipeline(network, settings.noise.objective()), settings)
     try:
         with Checkpoints(folder / CHECKPOINTS) as checkpoints:
             found = checkpoints.restore(program.abstract(params))
@@ -329,7 +340,8 @@ def read_model(path: str | os.PathLike[str], *, averaged: bool = True) -> Pipeli
         raise RunError(str(error)) from error
     if found is None:
         raise RunError(f"{folder} has no checkpoint yet: run its `train` command for longer")
-    return Pipeline(nnx.merge(program.graphdef, found.state.ema if averaged else found.state.params), program.objective)
+    params = program.averaged(found.state) if averaged else found.state.params
+    return Pipeline(nnx.merge(program.graphdef, params), program.objective)
 
 
 def held_out(path: str | os.PathLike[str]) -> Images:
@@ -381,11 +393,20 @@ def _agreed(stop: Callable[[], bool]) -> Callable[[], bool]:
     return agreed
 
 
-def _sheet(file: Path, program: Program, params: Any, task: Task, settings: Settings) -> None:
-    """Samples, from the same noise at every step."""
-    shape = task.images.pixels.shape[1:]
-    found = generate(program.graphdef, params, program.objective, shape, SHEET, key=settings.key("samples"), batch=SHEET)
-    picture(file, found.images)
+def _samples(model: Model, program: Program, params: Any, task: Task, settings: Settings) -> UInt8[np.ndarray, "n h w c"]:
+    """From the same noise at every step."""
+    return generate(
+        program.graphdef,
+        params,
+        program.objective,
+        task.images.pixels.shape[1:],
+        SHEET,
+        key=settings.key("samples"),
+        batch=SHEET,
+        clip=program.space.clip,
+        space=program.space,
+        asked=model.asked(SHEET),
+    ).images
 
 
 def picture(file: Path, images: UInt8[np.ndarray, "n h w c"]) -> None:

@@ -5,23 +5,28 @@ import difflib
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Key
 
 from diffusion.config import PRESETS as NETWORKS
 from diffusion.config import UNetConfig
-from diffusion.layers import initialise
+from diffusion.layers import Model, initialise
 from diffusion.layout import Layout
 from diffusion.objective import Denoising
-from diffusion.optimiser import AdamW
+from diffusion.optimiser import Adafactor, AdamW
 from diffusion.schedules import CosineSchedule, LinearSchedule, Prediction, ScaledLinearSchedule, Schedule
 from diffusion.unet import UNet
 
 _SCHEDULES: dict[str, type[Schedule]] = {"linear": LinearSchedule, "scaled-linear": ScaledLinearSchedule, "cosine": CosineSchedule}
+
+
+# Says of which kind a setting is, where there are several.
+KIND = "kind"
 
 
 class SettingsError(ValueError):
@@ -77,6 +82,10 @@ class Network:
         """With random parameters, which depend on the key alone."""
         return initialise(lambda rngs: UNet(config, dtype=jnp.dtype(self.dtype), remat=self.remat, rngs=rngs), key)
 
+    def abstract(self, kind: Callable[..., Model], config: Any) -> Model:
+        """A network of this kind and configuration with such arithmetic: the shapes of its parameters alone."""
+        return nnx.eval_shape(lambda: kind(config, dtype=jnp.dtype(self.dtype), remat=self.remat, rngs=nnx.Rngs(0)))
+
 
 @dataclasses.dataclass(frozen=True)
 class Noise:
@@ -110,7 +119,7 @@ class Length:
     Attributes:
         steps: of the optimiser.
         batch_size: images in a step.
-        ema: decay of the average of the parameters that samples are drawn from.
+        ema: decay of the average of the parameters that samples are drawn from; 0 for none: it takes as much memory as they do.
         seed: of everything random: initial parameters, order of the data, timesteps, noise.
         replay_ratio: fraction of replayed images in a batch; by default each is seen as often as each new one.
     """
@@ -137,7 +146,7 @@ class Settings:
 
     network: Network = Network()
     noise: Noise = Noise()
-    optimiser: AdamW = AdamW()
+    optimiser: AdamW | Adafactor = AdamW()
     length: Length = Length()
     layout: Layout = Layout()
 
@@ -146,29 +155,44 @@ class Settings:
         return jax.random.fold_in(jax.random.key(self.length.seed), ("parameters", "training", "samples").index(purpose))
 
     def to_json(self) -> dict[str, Any]:
-        """By subject."""
-        return dataclasses.asdict(self)
+        """By subject; what is of another kind than the usual one says so ("kind")."""
+        found = dataclasses.asdict(self)
+        for field in dataclasses.fields(self):
+            kinds = _kinds(field.type)
+            kind = next(name for name, kind in kinds.items() if type(getattr(self, field.name)) is kind)
+            if kind != next(iter(kinds)):
+                found[field.name] = {KIND: kind, **found[field.name]}
+        return found
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> "Settings":
-        """What `to_json` gave.
+        """What `to_json` gave, of this version or an earlier one: what is not there has its default.
 
         Raises: SettingsError for a name that is not known (with the nearest that is), or a value that does not do.
         """
-        return _from_json(cls, found, "settings")
+        return _from_json(_kinds(cls), found, "settings")
 
 
-def _from_json(kind: Any, found: Any, where: str) -> Any:
+def _kinds(annotation: Any) -> dict[str, type]:
+    """The dataclasses that a setting may be one of, by name, the usual one first; none for a number or a name."""
+    alternatives = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    return {kind.__name__.lower(): kind for kind in alternatives if dataclasses.is_dataclass(kind) and isinstance(kind, type)}
+
+
+def _from_json(kinds: Mapping[str, Any], found: Any, where: str) -> Any:
     if not isinstance(found, Mapping):
         raise SettingsError(f"{where} must be an object of named values, got {found!r}")
+    named = str(found.get(KIND, next(iter(kinds))))
+    _choice(f"{where}.{KIND}", named, kinds)
+    kind, found = kinds[named], {name: value for name, value in found.items() if name != KIND}
     fields = {field.name: field.type for field in dataclasses.fields(kind)}
     for name in found:
         if name not in fields:
             _choice(where, name, fields)
     values = {}
     for name, value in found.items():
-        if dataclasses.is_dataclass(fields[name]):
-            values[name] = _from_json(fields[name], value, f"{where}.{name}")
+        if within := _kinds(fields[name]):
+            values[name] = _from_json(within, value, f"{where}.{name}")
         else:
             values[name] = _typed(f"{where}.{name}", value, fields[name])
     return kind(**values)

@@ -16,22 +16,22 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, Key, Shaped
+from jaxtyping import Array, Float, Int, Key
 
 from diffusion.backend import compiler_options
 from diffusion.consolidation import Penalty
 from diffusion.feed import Feed
 from diffusion.layout import sharded_batch, state_shardings
 from diffusion.objective import Denoising
-from diffusion.optimiser import AdamW, averaged
-from diffusion.pixels import to_model
+from diffusion.optimiser import Optimiser, averaged
+from diffusion.space import PixelSpace, Space
 
 # Equal parts of the schedule whose losses are reported one by one.
 PARTS = 10
 
 
 class TrainState(NamedTuple):
-    """All that changes: arrays alone."""
+    """All that changes: arrays alone; without an average `ema` is None."""
 
     step: Int[Array, ""]
     params: Any
@@ -61,21 +61,23 @@ class Program:
     """What is trained, and how: all that the compiled step depends on.
 
     Attributes:
-        graphdef: of the network, a module called with (image, timestep, dropout key).
+        graphdef: of the network.
         objective: its loss.
         optimiser: for a run of `steps` steps.
-        ema: decay of the average of the parameters.
+        ema: decay of the average of the parameters; 0 for none, which takes no memory.
         mesh: the devices.
         penalty: whose gradient is added to the loss's; None for none.
+        space: what of a batch is noised, and how the network is called.
     """
 
     graphdef: Any
     objective: Denoising
-    optimiser: AdamW
+    optimiser: Optimiser
     steps: int
     ema: float
     mesh: Mesh
     penalty: Penalty | None = None
+    space: Space = PixelSpace()
 
     def initial(self, params: Any) -> TrainState:
         """The state before the first step, on the devices; the arrays of `params` are not given away."""
@@ -84,7 +86,12 @@ class Program:
 
     def _initial(self, params: Any) -> TrainState:
         transformation = self.optimiser.transformation(self.steps)
-        return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), transformation.init(params))
+        ema = jax.tree.map(jnp.copy, params) if self.ema else None
+        return TrainState(jnp.zeros((), jnp.int32), params, ema, transformation.init(params))
+
+    def averaged(self, state: TrainState) -> Any:
+        """The average of the parameters; without one, the parameters."""
+        return state.ema if self.ema else state.params
 
     def abstract(self, params: Any) -> TrainState:
         """Shapes, dtypes and places of the state, for restoring a checkpoint."""
@@ -99,15 +106,29 @@ class Program:
         """A part of the state, whole, on the host of every process; all processes must ask for it."""
         return jax.device_get(_gather(self.mesh)(tree))
 
-    def compile(self, state: TrainState, batch: Shaped[np.ndarray, "n h w c"]) -> Any:
+    def compile(self, state: TrainState, batch: Any) -> Any:
         """The compiled step (state, batch, key) → (state, Measured), which takes the state's memory over; `state` may be abstract.
 
         Raises: ValueError for a penalty on the parameters of another network.
         """
+        return self.bound(self.lower(state, batch).compile())
+
+    def bound(self, compiled: jax.stages.Compiled) -> Callable[[TrainState, Any, Key[Array, ""]], tuple[TrainState, Measured]]:
+        """The step, from what `lower` gave, compiled."""
+        # Arguments: as constants they would be a part of the program, larger than all else.
+        held = jax.device_put(self._held, state_shardings(self.mesh, self._held))
+        return lambda state, batch, key: compiled(state, batch, key, *held)
+
+    @property
+    def _held(self) -> tuple[Penalty | None, Space]:
+        """What a step takes that never changes."""
+        return self.penalty, self.space
+
+    def lower(self, state: TrainState, batch: Any) -> jax.stages.Lowered:
+        """The step before it is compiled; all arrays may be abstract, those of the penalty and the space too."""
         if self.penalty is not None:
             self.penalty.check(state.params)
-        held = () if self.penalty is None else (self.penalty,)
-        shardings, held_shardings = state_shardings(self.mesh, (state, held))
+        shardings, held_shardings = state_shardings(self.mesh, (state, self._held))
         split = NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names))
         whole = NamedSharding(self.mesh, PartitionSpec())
         step = jax.jit(
@@ -118,22 +139,17 @@ class Program:
             compiler_options=compiler_options(),
         )
         key = jax.eval_shape(lambda: jax.random.key(0))
-        compiled = step.lower(state, jax.ShapeDtypeStruct(batch.shape, batch.dtype), key, *held).compile()
-        if not held:
-            return compiled
-        # An argument: as a constant it would be a part of the program, twice as large as the network.
-        placed = jax.jit(lambda tree: tree, out_shardings=held_shardings)(held)
-        return lambda state, batch, key: compiled(state, batch, key, *placed)
+        return step.lower(state, _abstract(batch), key, *_abstract(self._held))
 
     def _step(
-        self, state: TrainState, batch: Shaped[Array, "n h w c"], key: Key[Array, ""], penalty: Penalty | None = None
+        self, state: TrainState, batch: Any, key: Key[Array, ""], penalty: Penalty | None = None, space: Space = PixelSpace()
     ) -> tuple[TrainState, Measured]:
-        loss_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
-        images = to_model(batch)
+        loss_key, dropout_key, clean_key = jax.random.split(jax.random.fold_in(key, state.step), 3)
+        clean = space.clean(batch, clean_key)
 
         def loss(params: Any) -> tuple[Float[Array, ""], Any]:
-            model = nnx.merge(self.graphdef, params)
-            found = self.objective(lambda x, t: model(x, t, dropout_key), images, loss_key)
+            network = space.network(nnx.merge(self.graphdef, params), batch, dropout_key)
+            found = self.objective(network, clean, loss_key)
             return jnp.mean(found.losses), found
 
         (mean, found), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
@@ -145,7 +161,12 @@ class Program:
         part = found.timestep * PARTS // self.objective.schedule.timesteps
         sums, counts = (jnp.zeros(PARTS, x.dtype).at[part].add(x) for x in (found.losses, jnp.ones_like(part)))
         measured = Measured(mean, optax.tree.norm(gradients), sums, counts)
-        return TrainState(step, params, averaged(state.ema, params, step, self.ema), opt_state), measured
+        ema = averaged(state.ema, params, step, self.ema) if self.ema else None
+        return TrainState(step, params, ema, opt_state), measured
+
+
+def _abstract(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
 @functools.cache

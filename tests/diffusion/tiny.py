@@ -11,7 +11,7 @@ from diffusion import config, settings
 from diffusion.checkpoint import Checkpoints
 from diffusion.config import UNetConfig
 from diffusion.optimiser import AdamW
-from diffusion.run import CHECKPOINTS, Task, model_of, program_of
+from diffusion.run import CHECKPOINTS, Task, abstract_of, program_of
 from diffusion.settings import Length, Network, Noise, Settings
 from diffusion.trials import TRIALS, Trial
 from hopjax.data import Images
@@ -56,7 +56,7 @@ def pixels(count=40, seed=0):
 def last_state(folder, given: Settings):
     """The step and the whole state in a run's last checkpoint."""
     images = Images(pixels(), None, None, "stripes")
-    program, params = program_of(model_of(Task(images), given), given)
+    program, params = program_of(abstract_of(Task(images), given), given)
     with Checkpoints(Path(folder) / CHECKPOINTS) as checkpoints:
         found = checkpoints.restore(program.abstract(params))
     assert found is not None

@@ -1,0 +1,144 @@
+"""Latents of images on the disk: the moments of their distributions, computed once, so that each step of training draws from them anew."""
+
+import fcntl
+import functools
+import hashlib
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+from jaxtyping import Array, Float, Float32, Shaped
+
+from diffusion.backend import compiler_options
+from diffusion.pixels import checked, to_model
+from diffusion.stable.autoencoder import AutoencoderKL
+from diffusion.stages import fingerprint
+from hopjax.cli.tasks import description
+from hopjax.data import Images
+
+
+class LatentCache:
+    """A folder of moments, kept by what they were computed from: the autoencoder, and the images.
+
+    A set of images has one file, latents-HASH.npy, which is whole or not there. What a computation that was cut off has done is in
+    latents-HASH.partial, and is not done again. Processes may share the folder: one computes, the others wait.
+
+    Args:
+        folder: may be shared by all experiments.
+        autoencoder: frozen.
+        batch: images encoded at once.
+    """
+
+    def __init__(self, folder: Path, autoencoder: AutoencoderKL, *, batch: int = 32) -> None:
+        if batch < 1:
+            raise ValueError(f"batch = {batch} is out of range: need batch ≥ 1")
+        self.folder, self.batch = Path(folder), batch
+        self.config = autoencoder.config
+        self._graphdef, self._params = nnx.split(autoencoder, nnx.Param)
+        self._dtype = jnp.dtype(autoencoder.dtype).name
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Equal for autoencoders that compute the same."""
+        content = hashlib.sha256(repr((self.config, self._dtype)).encode())
+        for leaf in jax.tree.leaves(self._params):
+            content.update(np.asarray(leaf).data)
+        return content.hexdigest()
+
+    def moments(self, images: Images, *, progress: Callable[[int], None] = lambda _: None) -> Float32[np.ndarray, "n _ _ m"]:
+        """Means and log variances of the latents of each image, one after the other in the last axis; mapped from the file.
+
+        The file is not verified when it is read; one that is cut short counts as missing.
+
+        Args:
+            progress: told how many more images are encoded.
+
+        Raises: DataError for images that no model is trained on; ValueError for those that the autoencoder does not take, or of which
+            it makes numbers that are not finite.
+        """
+        pixels = checked(images).pixels
+        _, height, width, channels = pixels.shape
+        if channels != self.config.in_channels:
+            raise ValueError(f"{images.source}: images have {channels} channels, the autoencoder takes {self.config.in_channels}")
+        shape = (len(images), *self.config.latent_size(height, width), 2 * self.config.latent_channels)
+        inputs = {"autoencoder": self.fingerprint, "images": description(images)["sha256"]}
+        file = self.folder / f"latents-{fingerprint(inputs)}.npy"
+        if jax.process_index() == 0 and _read(file, shape) is None:
+            self._write(file, pixels, shape, progress)
+        multihost_utils.sync_global_devices("latents are on the disk")
+        found = _read(file, shape)
+        if found is None:
+            raise ValueError(f"{file} cannot be read: is the folder shared by all processes?")
+        return found
+
+    def _write(self, file: Path, pixels: Shaped[np.ndarray, "n h w c"], shape: tuple[int, ...], progress: Callable[[int], None]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        header = _header(shape)
+        row = 4 * int(np.prod(shape[1:]))
+        partial = file.with_suffix(".partial")
+        with partial.open("a+b") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            if _read(file, shape) is not None:  # another process was at it, and has done it
+                partial.unlink(missing_ok=True)
+                return
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(0)
+            begun = size >= len(header) and stream.read(len(header)) == header
+            # Whole batches alone: all are computed as they would have been.
+            done = (size - len(header)) // row // self.batch * self.batch if begun else 0
+            stream.truncate(len(header) + done * row if begun else 0)
+            if not begun:
+                stream.write(header)
+            progress(done)
+            for first in range(done, len(pixels), self.batch):
+                rows = np.arange(first, min(first + self.batch, len(pixels)))
+                stream.write(self._encoded(pixels, rows).tobytes())
+                stream.flush()
+                os.fsync(stream.fileno())
+                progress(len(rows))
+            partial.replace(file)
+
+    def _encoded(self, pixels: Shaped[np.ndarray, "n h w c"], rows: np.ndarray) -> Float32[np.ndarray, "k _ _ m"]:
+        # The last batch is filled up with its last image: one more shape would be one more compilation.
+        filled = np.minimum(np.arange(rows[0], rows[0] + self.batch), rows[-1])
+        found = np.asarray(_encoder(self._graphdef)(self._params, jnp.asarray(pixels[filled])), np.float32)[: len(rows)]
+        finite = np.isfinite(found).all(axis=(1, 2, 3))
+        if not finite.all():
+            raise ValueError(
+                f"the autoencoder makes of image {rows[np.argmin(finite)]} latents that are not finite: compute it in float32, not in "
+                f"{self._dtype}, and see that its weights are whole"
+            )
+        return found
+
+
+@functools.lru_cache
+def _encoder(graphdef: Any) -> Callable[..., Array]:
+    """One program for all autoencoders that differ in their parameters alone."""
+
+    def encode(params: Any, pixels: Shaped[Array, "n h w c"]) -> Float[Array, "n _ _ m"]:
+        return jnp.concatenate(nnx.merge(graphdef, params).encode(to_model(pixels)), axis=-1)
+
+    return jax.jit(encode, compiler_options=compiler_options())
+
+
+def _header(shape: tuple[int, ...]) -> bytes:
+    """The beginning of a .npy file of float32."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    return header.getvalue()
+
+
+def _read(file: Path, shape: tuple[int, ...]) -> Float32[np.ndarray, "n _ _ m"] | None:
+    """The array in a file, not yet read; None if the file is missing or damaged."""
+    try:
+        found = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return found if (found.shape, found.dtype) == (shape, np.dtype("<f4")) else None
