@@ -18,6 +18,8 @@ class Trial(NamedTuple):
         first, later: settings of Task 1, and of Task 2.
         size: side that images are stretched to; None for theirs.
         about: it, in a few words.
+        samples: of Task 1 that are reconstructed.
+        densities: of those, how many have their change of log density measured, which by the probability flow takes long.
     """
 
     data: str | None
@@ -27,6 +29,8 @@ class Trial(NamedTuple):
     later: Settings
     about: str
     size: int | None = None
+    samples: int = 1000
+    densities: int = 100
 
 
 def _shorter(settings: Settings, steps: int) -> Settings:
@@ -36,7 +40,16 @@ def _shorter(settings: Settings, steps: int) -> Settings:
 _QUICK, _MNIST, _CIFAR = (PRESETS[name].settings for name in ("quick", "cpu-mnist", "paper-cifar10"))
 TRIALS: Mapping[str, Trial] = types.MappingProxyType(
     {
-        "quick": Trial("digits", 30.0, None, _shorter(_QUICK, 400), _shorter(_QUICK, 150), "8 × 8 digits turned, minutes on two cores"),
+        "quick": Trial(
+            "digits",
+            30.0,
+            None,
+            _shorter(_QUICK, 400),
+            _shorter(_QUICK, 150),
+            "8 × 8 digits turned, minutes on two cores",
+            samples=500,
+            densities=20,
+        ),
         "cpu-mnist": Trial(
             "mnist-5k",
             30.0,

@@ -36,18 +36,21 @@ FINDINGS, PAGE, ENERGIES = "findings.json", "report.html", "energies.parquet"
 class Density:
     """How intrinsic forgetting is measured directly."""
 
-    densities: Annotated[int, Parameter(help="Samples of which the change of log density is measured, too; 0 for none.")] = 100
+    densities: Annotated[
+        int | None, Parameter(help="Samples of which the change of log density is measured, too; 0 for none (default: the preset's).")
+    ] = None
     density_timestep: Annotated[int, Parameter(help="At which they are placed.")] = 300
     density_policies: Annotated[str, Parameter(help="After Task 2 by these policies.")] = "none"
     measures: Annotated[str, Parameter(help="By the variational bound, the probability flow, or both.")] = "bound,flow"
 
-    def plan(self) -> Any:
-        """For `diffusion.protocol.Plan`."""
+    def plan(self, usual: int) -> Any:
+        """For `diffusion.protocol.Plan`; `usual` samples if nothing else is asked for."""
         from diffusion.protocol import Densities
 
-        if not self.densities:
+        samples = usual if self.densities is None else self.densities
+        if not samples:
             return None
-        return Densities(self.densities, self.density_timestep, _names(self.measures), _names(self.density_policies))
+        return Densities(samples, self.density_timestep, _names(self.measures), _names(self.density_policies))
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -70,7 +73,8 @@ def _steps(settings: Settings, steps: int | None) -> Settings:
 def trial_table() -> str:
     """The presets of `run`, for --help."""
     return "\n".join(
-        f"    {name}: {trial.about}; {trial.first.length.steps:,} steps of Task 1, {trial.later.length.steps:,} of Task 2"
+        f"    {name}: {trial.about}; {trial.first.length.steps:,} steps of Task 1, {trial.later.length.steps:,} of Task 2, "
+        f"{trial.samples:,} samples reconstructed, log densities of {trial.densities}"
         for name, trial in TRIALS.items()
     )
 
@@ -86,7 +90,9 @@ def run(
     ] = "none,high,random,low,coverage",
     buffer: Annotated[BufferSize | None, Parameter(help="Samples of Task 1 that are replayed (default: 10%).")] = None,
     seeds: Annotated[str, Parameter(help="Seeds of learning, each an experiment of its own.")] = "0",
-    samples: Annotated[int, Parameter(help="Samples of Task 1 that are reconstructed, spread over the energies.")] = 1000,
+    samples: Annotated[
+        int | None, Parameter(help="Samples of Task 1 that are reconstructed, spread over the energies (default: the preset's).")
+    ] = None,
     timesteps: Annotated[str, Parameter(help="Of reconstruction; the first is the main one.")] = "500",
     draws: Annotated[int, Parameter(help="Of the noise, for each sample.")] = 2,
     generated: Annotated[int, Parameter(help="Samples that each model generates, for a classifier to see; 0 for none.")] = 200,
@@ -125,6 +131,7 @@ def run(
     out = out or Path("results") / f"continual-{preset}"
     if not dry_run:
         check_writable("--out", out / TABLE)
+    samples = trial.samples if samples is None else samples
     for option, value in (("--draws", draws), ("--samples", samples), ("--steps1", steps1 or 1), ("--steps2", steps2 or 1)):
         need(value >= 1, option, value, f"{option.removeprefix('--')} ≥ 1", 2)
     need(strength is None or 0 <= strength < math.inf, "--strength", strength, "0 ≤ strength < ∞", 300)
@@ -159,7 +166,7 @@ def run(
             draws,
             generated=generated,
             betas=() if betas is None else _numbers("--betas", betas, float),
-            densities=density.plan(),
+            densities=density.plan(trial.densities),
         )
         first, later = _steps(trial.first, steps1), _steps(trial.later, steps2)
         if dry_run:
