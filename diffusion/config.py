@@ -2,9 +2,10 @@
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 CLASS_NAME = "UNet2DModel"
@@ -37,8 +38,40 @@ _POSITIVE = (
 )
 
 
+# What a damaged file may not exceed: layers are made one by one, and there are as many weights as products of widths.
+_LARGEST = 2**20
+_LONGEST = 16
+_MOST = {"layers_per_block": 16, "num_hidden_layers": 128}
+
+
+def check_fields(config: Any, positive: Collection[str]) -> None:
+    """Raise a ValueError unless every field of a configuration is of its type and a size that a network can have.
+
+    Args:
+        config: a dataclass.
+        positive: the names of fields that must be positive, where they are not None.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if not _fits(value, field.type):
+            kind = field.type.__name__ if isinstance(field.type, type) else field.type
+            raise ValueError(f"{field.name} = {value!r} must be {kind}")
+        if isinstance(value, tuple) and len(value) > _LONGEST:
+            raise ValueError(f"{field.name} has {len(value)} entries: at most {_LONGEST} are supported")
+        for number in value if isinstance(value, tuple) else (value,):
+            most = _MOST.get(field.name, _LARGEST)
+            if isinstance(number, int) and abs(number) > most:
+                raise ValueError(f"{field.name} = {value!r} is not supported: at most {most}")
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"{field.name} = {value!r} must be finite")
+        if field.name in positive and value is not None and not value > 0:
+            raise ValueError(f"{field.name} = {value!r} must be positive")
+
+
 def _fits(value: Any, kind: Any) -> bool:
     """Whether a parsed JSON value is of an annotated type; true and false are no numbers."""
+    if kind is None:
+        return value is None
     if isinstance(kind, types.UnionType):
         return any(_fits(value, one) for one in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
@@ -90,13 +123,7 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         """Refuse, in one line, what the network cannot be built from."""
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if not _fits(value, field.type):
-                kind = field.type.__name__ if isinstance(field.type, type) else field.type
-                raise ValueError(f"{field.name} = {value!r} must be {kind}")
-            if field.name in _POSITIVE and value is not None and not value > 0:
-                raise ValueError(f"{field.name} = {value!r} must be positive")
+        check_fields(self, _POSITIVE)
         for name, allowed in _ALLOWED.items():
             value = getattr(self, name)
             if value not in allowed:
@@ -139,7 +166,7 @@ class UNetConfig:
         """
         class_name = fields.get("_class_name", CLASS_NAME)
         if class_name != CLASS_NAME:
-            raise ValueError(f"config.json describes a {class_name}, not a {CLASS_NAME}")
+            raise ValueError(f"config.json describes a {class_name!r}, not a {CLASS_NAME}")
         names = [field.name for field in dataclasses.fields(cls)]
         given: dict[str, Any] = {}
         for name, value in fields.items():

@@ -19,6 +19,8 @@ from jaxtyping import Array, ArrayLike, Float, Real
 
 from hopjax.correspondence import linear_alphas_cumprod
 
+_MOST = 10**6
+
 
 @dataclasses.dataclass(frozen=True)
 class Schedule(abc.ABC):
@@ -27,9 +29,11 @@ class Schedule(abc.ABC):
     timesteps: int = 1000
 
     def __post_init__(self) -> None:
-        """Refuse a schedule without two timesteps: nothing could be interpolated between them."""
+        """Refuse a schedule without two timesteps, between which nothing could be interpolated, or with more than memory may hold."""
         if self.timesteps < 2:
             raise ValueError(f"a schedule needs at least 2 timesteps, got {self.timesteps}")
+        if self.timesteps > _MOST:
+            raise ValueError(f"a schedule has at most {_MOST} timesteps, got {self.timesteps}")
 
     @abc.abstractmethod
     def _products(self) -> Float[np.ndarray, " t"]:

@@ -11,6 +11,7 @@ import math
 import os
 import struct
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -85,9 +86,9 @@ def _spelt(name: str) -> str:
 
 
 def _shown(name: str) -> str:
-    """A name out of a file, fit for one line."""
-    name = name if name.isprintable() else repr(name)
-    return name if len(name) <= 200 else f"{name[:200]}…"
+    """A name or a message out of a file, fit for one line."""
+    short = name if len(name) <= 200 else f"{name[:200]}…"
+    return short if short.isprintable() else repr(short)
 
 
 def _listing(names: Iterable[str]) -> str:
@@ -130,7 +131,7 @@ def read_tensors(file: str | os.PathLike[str], make: Callable[[], Model], *, ign
             found = handle.get_slice(name)
             shape, expected = tuple(found.get_shape()), table[spelt].shape
             if shape != expected:
-                problems["misshapen"].append(f"{_shown(name)} {shape} instead of {expected}")
+                problems["misshapen"].append(f"{_shown(name)} {_shown(str(shape))} instead of {expected}")
             elif found.get_dtype() not in _KINDS.values():
                 problems["misshapen"].append(f"{_shown(name)} is {found.get_dtype()}, not of floating point")
         if any(problems.values()):
@@ -140,7 +141,11 @@ def read_tensors(file: str | os.PathLike[str], make: Callable[[], Model], *, ign
         for spelt in sorted(stored, key=lambda spelt: -math.prod(table[spelt].shape)):
             handle, name = stored[spelt]
             _, variable, axes = table[spelt]
-            array = handle.get_tensor(name).astype(variable.dtype, copy=False).transpose(np.argsort(axes))
+            try:
+                with np.errstate(over="raise"):
+                    array = handle.get_tensor(name).astype(variable.dtype, copy=False).transpose(np.argsort(axes))
+            except FloatingPointError as error:
+                raise ValueError(f"{file}: {_shown(name)} holds numbers too large for {variable.dtype}") from error
             variable.set_value(jnp.asarray(np.ascontiguousarray(array)))
     return model
 
@@ -154,12 +159,15 @@ def _open(file: Path) -> safe_open:
     try:
         handle = safe_open(file, framework="numpy")
     except SafetensorError as error:
-        raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
+        raise ValueError(f"{file} is not a whole safetensors file: {_shown(str(error))}") from error
+    except OSError as error:
+        raise ValueError(f"cannot read {file}: {_shown(str(error))}") from error
     with open(file, "rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
         names = json.loads(stream.read(length), object_pairs_hook=lambda pairs: [name for name, _ in pairs])
-    if len(set(names)) < len(names):
-        raise ValueError(f"{file} is not a safetensors file: {_listing({_shown(n) for n in names if names.count(n) > 1})} is in it twice")
+    twice = [_shown(name) for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(f"{file} is not a safetensors file: {_listing(twice)} is in it twice")
     return handle
 
 
@@ -172,7 +180,8 @@ def _shards(index: Path) -> list[Path]:
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise ValueError(f"{index} names {_shown(name)}, which is no safetensors file beside it")
-    lost = [_shown(name) for name in names if not (index.parent / name).is_file()]
+    # Not Path.is_file, which raises for a name that is too long for any file.
+    lost = [_shown(name) for name in names if not os.path.isfile(index.parent / name)]
     if lost:
         raise ValueError(
             f"{index.parent} has not all shards that {index.name} names: {len(lost)} of {len(names)} missing: {_listing(lost)}"

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
-from diffusion.config import _fits
+from diffusion.config import check_fields
 from diffusion.layers import AttentionBlock, Downsample, GroupNorm, ResnetBlock, Upsample, at_least_float32, conv, silu
 
 CLASS_NAME = "AutoencoderKL"
@@ -77,13 +77,7 @@ class AutoencoderKLConfig:
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"{name} = {value!r} is not supported; what is: {', '.join(map(repr, allowed))}")
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name not in _ALLOWED and not _fits(value, field.type):
-                kind = field.type.__name__ if isinstance(field.type, type) else field.type
-                raise ValueError(f"{field.name} = {value!r} must be {kind}")
-            if field.name in _POSITIVE and not value > 0:
-                raise ValueError(f"{field.name} = {value!r} must be positive")
+        check_fields(self, _POSITIVE)
         for name, block in _BLOCKS.items():
             for value in getattr(self, name):
                 if value != block:
@@ -120,7 +114,7 @@ class AutoencoderKLConfig:
         """
         class_name = fields.get("_class_name", CLASS_NAME)
         if class_name != CLASS_NAME:
-            raise ValueError(f"config.json describes a {class_name}, not an {CLASS_NAME}")
+            raise ValueError(f"config.json describes a {class_name!r}, not an {CLASS_NAME}")
         names = [field.name for field in dataclasses.fields(cls)]
         given: dict[str, Any] = {}
         for name, value in fields.items():

@@ -6,7 +6,7 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
-from diffusion.config import _fits
+from diffusion.config import check_fields
 
 CLASS_NAME = "UNet2DConditionModel"
 
@@ -97,13 +97,7 @@ class UNet2DConditionConfig:
 
     def __post_init__(self) -> None:
         """Refuse, in one line, what the network cannot be built from."""
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if not _fits(value, field.type):
-                kind = field.type.__name__ if isinstance(field.type, type) else field.type
-                raise ValueError(f"{field.name} = {value!r} must be {kind}")
-            if field.name in _POSITIVE and value is not None and not value > 0:
-                raise ValueError(f"{field.name} = {value!r} must be positive")
+        check_fields(self, _POSITIVE)
         for name, allowed in _ALLOWED.items():
             value = getattr(self, name)
             if value not in allowed:
@@ -133,7 +127,7 @@ class UNet2DConditionConfig:
         """
         class_name = fields.get("_class_name", CLASS_NAME)
         if class_name != CLASS_NAME:
-            raise ValueError(f"config.json describes a {class_name}, not a {CLASS_NAME}")
+            raise ValueError(f"config.json describes a {class_name!r}, not a {CLASS_NAME}")
         names = [field.name for field in dataclasses.fields(cls)]
         # What diffusers takes a missing field for, where that is not version 1.5.
         given: dict[str, Any] = {"sample_size": None, "cross_attention_dim": 1280}

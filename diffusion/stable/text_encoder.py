@@ -19,7 +19,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from diffusion.config import _fits
+from diffusion.config import check_fields
 from diffusion.layers import LayerNorm, at_least_float32, linear
 from diffusion.weights import new_folder, read_network, write_network
 
@@ -72,13 +72,7 @@ class CLIPTextConfig:
 
     def __post_init__(self) -> None:
         """Refuse, in one line, what the network cannot be built from."""
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if not _fits(value, field.type):
-                kind = field.type.__name__ if isinstance(field.type, type) else field.type
-                raise ValueError(f"{field.name} = {value!r} must be {kind}")
-            if field.name in _POSITIVE and not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{field.name} = {value!r} must be positive")
+        check_fields(self, _POSITIVE)
         if self.hidden_act != "quick_gelu":
             raise ValueError(f"hidden_act = {self.hidden_act!r} is not supported; what is: 'quick_gelu'")
         if self.hidden_size % self.num_attention_heads:
@@ -99,9 +93,9 @@ class CLIPTextConfig:
         Raises: ValueError for another architecture, an unknown field (naming the nearest known one) or a value that does not do.
         """
         if (model_type := fields.get("model_type", MODEL_TYPE)) != MODEL_TYPE:
-            raise ValueError(f"config.json describes a {model_type}, not a {MODEL_TYPE}")
+            raise ValueError(f"config.json describes a {model_type!r}, not a {MODEL_TYPE}")
         if (architectures := fields.get("architectures")) not in (None, [ARCHITECTURE]):
-            raise ValueError(f"config.json describes {architectures}, not {[ARCHITECTURE]}")
+            raise ValueError(f"config.json describes {architectures!r}, not {[ARCHITECTURE]}")
         names = [field.name for field in dataclasses.fields(cls)]
         given: dict[str, Any] = {}
         for name, value in fields.items():

@@ -189,7 +189,7 @@ def test_configurations_of_published_networks_are_read_and_written():
     [
         ({"dropuot": 0.1}, "unknown field 'dropuot'; did you mean 'dropout'"),
         ({"zzz": 1}, "unknown field 'zzz'$"),
-        ({"_class_name": "UNet2DConditionModel"}, "a UNet2DConditionModel, not a UNet2DModel"),
+        ({"_class_name": "UNet2DConditionModel"}, "a 'UNet2DConditionModel', not a UNet2DModel"),
         ({"time_embedding_type": "fourier"}, "time_embedding_type = 'fourier' is not supported; what is: 'positional'"),
         ({"down_block_types": ["SkipDownBlock2D"] * 4}, "'SkipDownBlock2D', which is not supported"),
         ({"block_out_channels": [32, 64]}, "must be equally many, one or more: got 2, 4 and 4"),

@@ -230,7 +230,7 @@ def test_configurations_are_read_and_written():
     [
         ({"scaling_facto": 0.1}, "unknown field 'scaling_facto'; did you mean 'scaling_factor'"),
         ({"zzz": 1}, "unknown field 'zzz'$"),
-        ({"_class_name": "VQModel"}, "a VQModel, not an AutoencoderKL"),
+        ({"_class_name": "VQModel"}, "a 'VQModel', not an AutoencoderKL"),
         ({"act_fn": "gelu"}, "act_fn = 'gelu' is not supported; what is: 'silu', 'swish'"),
         ({"shift_factor": 0.1}, r"shift_factor = 0\.1 is not supported; what is: None"),
         ({"latents_mean": [0.0]}, r"latents_mean = \(0\.0,\) is not supported; what is: None"),

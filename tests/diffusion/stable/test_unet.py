@@ -262,7 +262,7 @@ def test_configurations_are_read_and_written(case):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"_class_name": "UNet2DModel"}, "a UNet2DModel, not a UNet2DConditionModel"),
+        ({"_class_name": "UNet2DModel"}, "a 'UNet2DModel', not a UNet2DConditionModel"),
         ({"cross_atention_dim": 768}, "unknown field 'cross_atention_dim'; did you mean 'cross_attention_dim'"),
         ({"use_linear_projection": True}, "use_linear_projection = True is not supported; what is: False"),
         ({"num_class_embeds": 1000}, "num_class_embeds = 1000 is not supported; what is: None"),
