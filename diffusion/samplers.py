@@ -5,7 +5,8 @@ $dx/d\lambda = \sigma(\sigma x - \varepsilon)$, and for $z = x/\alpha$, $s = \si
 Euler's method there, PNDM the same with noise extrapolated from earlier steps, DPM-Solver++(2M) a two-step method exact in the linear part,
 `ProbabilityFlow` an adaptive Runge-Kutta method in λ.
 
-Samplers are pure: wrap the call in one `jax.jit`. The noise function is traced once or twice, however many steps there are.
+Samplers are pure: wrap the call in one `jax.jit`. The noise function is traced once or twice, however many steps there are. Or let
+Python take the steps (`scan=stepwise`) and compile the noise function alone, where that is the large part.
 """
 
 import abc
@@ -25,6 +26,7 @@ from diffusion.schedules import Prediction, Schedule
 Network: TypeAlias = Callable[[Float[Array, "n *shape"], Real[Array, " n"]], Float[Array, "n *shape"]]
 Field: TypeAlias = Callable[[Any, Any], Any]  # dy/dλ of λ and y
 Grid: TypeAlias = Callable[[Schedule, int | float, int | float, int], Float[np.ndarray, " k"]]
+Scan: TypeAlias = Callable[[Callable[[Any, Any], tuple[Any, None]], Any, Any], tuple[Any, Any]]
 
 
 class Samples(NamedTuple):
@@ -94,6 +96,17 @@ class Listed:
                 "call the sampler with the start, stop, steps and denoise that they are for"
             )
         return np.array(self.timesteps, float)
+
+
+def stepwise(step: Callable[[Any, Any], tuple[Any, None]], carry: Any, rows: Any) -> tuple[Any, None]:
+    """`jax.lax.scan` as a loop in Python, for a sampler's `scan`: the noise function is called with values, once for each evaluation.
+
+    One program of a network then serves all samplers and numbers of steps, and progress can be told in between.
+    """
+    rows = jax.tree.map(np.asarray, rows)  # else each number would be cut out of its column on the device
+    for i in range(len(jax.tree.leaves(rows)[0])):
+        carry, _ = step(carry, jax.tree.map(lambda column, i=i: jnp.asarray(column[i]), rows))
+    return carry, None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +181,7 @@ class DDIM(Sampler):
     steps: int = 50
     eta: int | float = 0
     grid: Grid = uniform_timesteps
+    scan: Scan = jax.lax.scan
 
     def __call__(
         self,
@@ -184,7 +198,7 @@ class DDIM(Sampler):
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must lie between 0 and 1, got {self.eta}")
         nodes = _nodes(schedule, self.grid, self.steps, start, stop, denoise, noisy.dtype)
-        return _stochastic(epsilon, noisy, nodes, key, self.steps, denoise, eta=self.eta, widest=False)
+        return _stochastic(epsilon, noisy, nodes, key, self.steps, denoise, eta=self.eta, widest=False, scan=self.scan)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +212,7 @@ class Ancestral(Sampler):
     steps: int | None = None
     widest: bool = False
     grid: Grid = uniform_timesteps
+    scan: Scan = jax.lax.scan
 
     def __call__(
         self,
@@ -214,11 +229,20 @@ class Ancestral(Sampler):
         first, last = _endpoints(schedule, start, stop)
         steps = max(1, round(first - last) + denoise) if self.steps is None else self.steps
         nodes = _nodes(schedule, self.grid, steps, start, stop, denoise, noisy.dtype)
-        return _stochastic(epsilon, noisy, nodes, key, steps, denoise, eta=1.0, widest=self.widest)
+        return _stochastic(epsilon, noisy, nodes, key, steps, denoise, eta=1.0, widest=self.widest, scan=self.scan)
 
 
 def _stochastic(
-    epsilon: Network, noisy: Array, nodes: _Node, key: Key[Array, ""] | None, steps: int, denoise: bool, *, eta: int | float, widest: bool
+    epsilon: Network,
+    noisy: Array,
+    nodes: _Node,
+    key: Key[Array, ""] | None,
+    steps: int,
+    denoise: bool,
+    *,
+    eta: int | float,
+    widest: bool,
+    scan: Scan,
 ) -> Samples:
     if eta > 0 and key is None:
         raise ValueError("a stochastic sampler needs a key")
@@ -236,7 +260,7 @@ def _stochastic(
         fresh = jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
         return mean + (jnp.sqrt(added) if widest else deviation) * fresh, None
 
-    x, _ = jax.lax.scan(step, noisy, (*_pairs(nodes), jnp.arange(count)))
+    x, _ = scan(step, noisy, (*_pairs(nodes), jnp.arange(count)))
     return _finish(epsilon, x, nodes, steps, denoise)
 
 
@@ -246,6 +270,7 @@ class DPMSolver(Sampler):
 
     steps: int = 20
     grid: Grid = uniform_log_snr
+    scan: Scan = jax.lax.scan
 
     def __call__(
         self,
@@ -272,7 +297,7 @@ class DPMSolver(Sampler):
             x = following.sigma / node.sigma * x - following.alpha * jnp.expm1(-span) * extrapolated
             return (x, clean), None
 
-        (x, _), _ = jax.lax.scan(step, (noisy, jnp.zeros_like(noisy)), (*_pairs(nodes), spans, slopes))
+        (x, _), _ = self.scan(step, (noisy, jnp.zeros_like(noisy)), (*_pairs(nodes), spans, slopes))
         return _finish(epsilon, x, nodes, self.steps, denoise)
 
 
@@ -287,6 +312,7 @@ class PNDM(Sampler):
 
     steps: int = 50
     grid: Grid = uniform_timesteps
+    scan: Scan = jax.lax.scan
 
     def __call__(
         self,
@@ -323,7 +349,7 @@ class PNDM(Sampler):
 
         first, second = (jax.tree.map(lambda a: a[steps], half) for half in _pairs(nodes))
         plan = (first, second, nodes.timestep[places], jnp.asarray(places != steps), jnp.asarray(weights, noisy.dtype))
-        (x, _, _), _ = jax.lax.scan(evaluate, (noisy, noisy, (jnp.zeros_like(noisy),) * 3), plan)
+        (x, _, _), _ = self.scan(evaluate, (noisy, noisy, (jnp.zeros_like(noisy),) * 3), plan)
         return Samples(x, jnp.asarray(len(steps), jnp.int32))
 
 

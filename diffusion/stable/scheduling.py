@@ -9,23 +9,24 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
+import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from diffusion.objective import Denoising
 from diffusion.pipeline import SCHEDULER, objective_of
-from diffusion.samplers import DDIM, PNDM, DPMSolver, Listed, Network, Sampler, Samples
+from diffusion.samplers import DDIM, PNDM, DPMSolver, Listed, Network, Samples, Scan
 from diffusion.schedules import Schedule
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """A sampler and the arguments that it is called with; it begins with pure noise, which it takes to be at `start`.
+    """A sampler and the arguments that it is called with; what it begins with, pure noise or not, it takes to be at `start`.
 
     Immutable and hashable. Called like a `Sampler`.
     """
 
-    sampler: Sampler
+    sampler: DDIM | PNDM | DPMSolver
     start: int
     stop: int
     denoise: bool
@@ -35,6 +36,11 @@ class Sampling:
     ) -> Samples:
         """The images at the end; arguments as for `Sampler`."""
         return self.sampler(epsilon, noisy, schedule, key=key, start=self.start, stop=self.stop, denoise=self.denoise)
+
+    @property
+    def evaluations(self) -> int:
+        """How often the network is evaluated on the whole batch."""
+        return self.sampler.steps + (isinstance(self.sampler, PNDM) and self.sampler.steps > 1)
 
 
 # From the timesteps of a schedule, steps and `steps_offset`: where the network is evaluated, downwards.
@@ -68,7 +74,7 @@ def _linspace_but_last(timesteps: int, steps: int, offset: int) -> Int[np.ndarra
 
 
 class _Method(NamedTuple):
-    sampler: Callable[..., Sampler]
+    sampler: type[DDIM | PNDM | DPMSolver]
     spacings: Mapping[str, Spacing]
     # What a configuration means that says nothing of `timestep_spacing` and `set_alpha_to_one`.
     spacing: str
@@ -161,18 +167,21 @@ class Scheduler:
         to_one = True if known.sampler is DPMSolver else fields.get("set_alpha_to_one", known.to_one)
         return cls(objective_of(fields), name, fields.get("timestep_spacing", known.spacing), fields.get("steps_offset", 0), to_one)
 
-    def sampling(self, steps: int) -> Sampling:
-        """The sampler with this many steps, and where it starts and ends.
+    def sampling(self, steps: int, *, last: int | None = None, scan: Scan = jax.lax.scan) -> Sampling:
+        """The sampler with this many steps, or with the `last` of them alone, and where it starts and ends; `scan` as for samplers.
 
-        Raises: ValueError if the schedule cannot be divided into so many.
+        Raises: ValueError if the schedule cannot be divided into so many steps, or there are not so many last ones.
         """
         timesteps, known = self.objective.schedule.timesteps, _METHODS[self.method]
         if not 1 <= steps < timesteps:
             raise ValueError(f"steps = {steps} is out of range: need 1 ≤ steps < {timesteps}, the schedule's timesteps")
-        nodes = known.spacings[self.spacing](timesteps, steps, self.offset).tolist()
+        last = steps if last is None else last
+        if not 1 <= last <= steps:
+            raise ValueError(f"last = {last} is out of range: need 1 ≤ last ≤ {steps}, the steps")
+        nodes = known.spacings[self.spacing](timesteps, steps, self.offset).tolist()[-last:]
         if not self.to_one:
             nodes.append(0)
-        return Sampling(known.sampler(steps, grid=Listed(tuple(nodes))), nodes[0], nodes[-1], denoise=self.to_one)
+        return Sampling(known.sampler(last, grid=Listed(tuple(nodes)), scan=scan), nodes[0], nodes[-1], denoise=self.to_one)
 
 
 def _check(field: str, value: Any, known: Mapping[str, Any]) -> None:

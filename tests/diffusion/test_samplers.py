@@ -10,7 +10,18 @@ import numpy as np
 import pytest
 import scipy.integrate
 
-from diffusion.samplers import DDIM, PNDM, Ancestral, DPMSolver, Listed, ProbabilityFlow, noise_function, uniform_log_snr, uniform_timesteps
+from diffusion.samplers import (
+    DDIM,
+    PNDM,
+    Ancestral,
+    DPMSolver,
+    Listed,
+    ProbabilityFlow,
+    noise_function,
+    stepwise,
+    uniform_log_snr,
+    uniform_timesteps,
+)
 from diffusion.schedules import CosineSchedule, LinearSchedule, Prediction
 from hopjax.correspondence import mixture_score, posterior_mean
 
@@ -323,3 +334,23 @@ def test_bad_requests_are_refused(sampler, options, message):
 def test_samplers_are_values():
     assert dataclasses.replace(DDIM(), steps=7) == DDIM(7)
     assert hash(DPMSolver()) == hash(DPMSolver())
+
+
+@pytest.mark.parametrize("sampler", [DDIM(7), DDIM(7, eta=0.5), Ancestral(7), PNDM(7), DPMSolver(7), DDIM(1), PNDM(1)], ids=label)
+@pytest.mark.parametrize("denoise", [True, False])
+def test_steps_from_python_are_the_same_steps(sampler, denoise, key):
+    """And the noise function is called with values, once for each evaluation."""
+    memories = jax.random.normal(key, (5, 3))
+    noisy = jax.random.normal(jax.random.fold_in(key, 1), (2, 3))
+    times = []
+
+    def epsilon(x, timestep):
+        times.append(float(timestep[0]))
+        return exact_noise(memories)(x, timestep)
+
+    found = dataclasses.replace(sampler, scan=stepwise)(epsilon, noisy, SCHEDULE, key=key, denoise=denoise)
+    expected = sample(sampler, memories, noisy, key, denoise=denoise)
+    np.testing.assert_allclose(found.images, expected.images, rtol=1e-9, atol=1e-9)
+    assert found.images.dtype == noisy.dtype
+    assert len(times) == int(found.evaluations) == int(expected.evaluations)
+    assert times[0] == 999

@@ -61,7 +61,7 @@ def test_every_state_is_that_of_diffusers(case):
     found = jax.jit(lambda x: sampling(epsilon, x, schedule))(jnp.asarray(states[0]))
     jax.effects_barrier()
     assert [int(timestep) for timestep, _ in asked] == timesteps.tolist()
-    assert int(found.evaluations) == len(timesteps)
+    assert int(found.evaluations) == sampling.evaluations == len(timesteps)
     # diffusers' tables of ᾱ are float32, products of a thousand factors: 1e-6 in the states or so.
     for ours, theirs in zip([*(x for _, x in asked), found.images], states, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
@@ -150,3 +150,18 @@ def test_a_sampling_is_for_its_own_start_alone():
     sampling = Scheduler.from_json(PUBLISHED).sampling(20)
     with pytest.raises(ValueError, match="21 timesteps from 951 to 0 are listed, 21 from 500 to 0 are needed"):
         dataclasses.replace(sampling, start=500)(network, jnp.zeros((1, 2)), ScaledLinearSchedule())
+
+
+@pytest.mark.parametrize("method", ["DDIMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler"])
+def test_the_last_steps_are_those_of_all_steps(method):
+    scheduler = Scheduler.from_json(PUBLISHED, method)
+    whole, part = scheduler.sampling(20), scheduler.sampling(20, last=7)
+    assert scheduler.sampling(20, last=20) == whole
+    every = whole.sampler.grid(scheduler.objective.schedule, whole.start, whole.stop, 20 + (not whole.denoise))
+    some = part.sampler.grid(scheduler.objective.schedule, part.start, part.stop, 7 + (not part.denoise))
+    np.testing.assert_array_equal(some, every[13:])
+    assert (part.start, part.stop, part.denoise) == (some[0], whole.stop, whole.denoise)
+    assert part.sampler.steps == 7
+    for last in (0, 21):
+        with pytest.raises(ValueError, match=f"last = {last} is out of range: need 1 ≤ last ≤ 20, the steps"):
+            scheduler.sampling(20, last=last)
