@@ -1,0 +1,131 @@
+"""The pipeline against torch diffusers reading what we write; and the walk through both networks, which finds a layer that is wrong.
+
+Needs torch, diffusers and transformers: `make parity`.
+"""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from diffusion.stable.pipeline import StableDiffusion
+from diffusion.stable.transformer import GEGLU
+from diffusion.weights import tensor_shapes
+from tests.diffusion.stable import tiny_pipeline
+from tests.diffusion.stable.tiny_pipeline import GUIDANCE, NEGATIVE_PROMPTS, PROMPTS, SIZE, STEPS, TEXTS
+
+# Warnings of torch and diffusers about themselves.
+pytestmark = [pytest.mark.parity, *(pytest.mark.filterwarnings(f"ignore::{kind}Warning") for kind in ("Deprecation", "Future"))]
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+# Of a layer's output: both networks round to float32, and gates multiply what they round.
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory):
+    return StableDiffusion.from_folder(tiny_pipeline.write(tmp_path_factory.mktemp("golden") / "model"))
+
+
+@pytest.fixture(scope="module")
+def theirs(ours, tmp_path_factory):
+    """What diffusers reads of the folder that we write."""
+    folder = tmp_path_factory.mktemp("ours") / "model"
+    ours.save_folder(folder)
+    return diffusers.StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+
+
+def test_their_tensors_are_ours(ours, theirs):
+    for part in ("unet", "vae", "text_encoder"):
+        network = getattr(ours, part)
+        tensors = {name.removeprefix("text_model."): tensor for name, tensor in getattr(theirs, part).state_dict().items()}
+        tensors.pop("embeddings.position_ids", None)
+        assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
+            name.removeprefix("text_model."): shape for name, shape in tensor_shapes(network).items()
+        }
+    assert theirs.safety_checker is theirs.feature_extractor is None
+
+
+def test_what_they_write_back_is_what_we_wrote(ours, theirs, tmp_path):
+    theirs.save_pretrained(tmp_path / "theirs")
+    same = StableDiffusion.from_folder(tmp_path / "theirs")
+    for part in ("unet", "vae", "text_encoder"):
+        jax.tree.map(np.testing.assert_array_equal, nnx.state(getattr(same, part)), nnx.state(getattr(ours, part)))
+    assert same.scheduler() == ours.scheduler()
+    np.testing.assert_array_equal(same.tokenizer(PROMPTS).ids, ours.tokenizer(PROMPTS).ids)
+
+
+@pytest.mark.parametrize("scheduler", TEXTS.values())
+def test_their_images_are_ours(ours, theirs, scheduler, agree):
+    shape = (SIZE[0] // 8, SIZE[1] // 8, 4)
+    noise = np.stack([jax.random.normal(jax.random.fold_in(jax.random.key(5), i), shape, jnp.float32) for i in range(2)])
+    theirs.scheduler = getattr(diffusers, scheduler).from_config(theirs.scheduler.config)
+    theirs.set_progress_bar_config(disable=True)
+    asked = {"prompt": PROMPTS, "negative_prompt": NEGATIVE_PROMPTS, "guidance_scale": GUIDANCE, "num_inference_steps": STEPS}
+    images = theirs(**asked, latents=torch.from_numpy(noise.transpose(0, 3, 1, 2)), output_type="np").images
+    with warnings.catch_warnings(), jax.default_matmul_precision("highest"):
+        warnings.simplefilter("ignore")  # of what is cut
+        found = ours.text_to_image(
+            PROMPTS,
+            key=jax.random.key(5),
+            negative_prompts=NEGATIVE_PROMPTS,
+            guidance=GUIDANCE,
+            steps=STEPS,
+            size=SIZE,
+            scheduler=scheduler,
+        )
+    agree("the pipeline, tiny", f"{STEPS} steps of {scheduler}, guidance {GUIDANCE}", (found.pixels + 1) / 2, images, 1e-3)
+
+
+@pytest.fixture(scope="module")
+def walked(theirs):
+    """A function that walks our network and theirs on one input."""
+    from tests.diffusion.stable.walk import walk
+
+    generator = np.random.default_rng(0)
+    latents, text = generator.standard_normal((2, 8, 8, 4), np.float32), generator.standard_normal((2, 5, 6), np.float32)
+    return lambda unet: walk(unet, theirs.unet, latents, np.array([981, 1]), text)
+
+
+def test_the_walk_passes_every_layer_of_equal_networks(ours, walked):
+    from tests.diffusion.stable.walk import first_beyond
+
+    layers = walked(ours.unet)
+    assert first_beyond(layers, TOLERANCE) is None
+    names = [layer.name for layer in layers]
+    # Every layer with parameters but the convolutions of up-samplers, which are one with the doubling.
+    of_tensors = {name.rpartition(".")[0] for name in tensor_shapes(ours.unet)}
+    assert of_tensors - set(names) == {f"up_blocks.{i}.upsamplers.0.conv" for i in range(3)}
+    assert names[-1] == ""
+
+
+def test_the_walk_finds_an_activation_that_is_wrong(ours, walked, monkeypatch):
+    from tests.diffusion.stable.walk import first_beyond
+
+    def approximate(self, x):
+        features, gate = jnp.split(self.proj(x), 2, axis=-1)
+        return features * jax.nn.gelu(gate, approximate=True)
+
+    monkeypatch.setattr(GEGLU, "__call__", approximate)
+    layers = walked(ours.unet)
+    first = first_beyond(layers, TOLERANCE)
+    assert first is not None
+    assert first.name == "down_blocks.0.attentions.0.transformer_blocks.0.ff.net.0"
+    assert TOLERANCE < first.difference < 1e-2  # the approximation's error: the whole network would pass as merely inexact
+
+
+def test_the_walk_finds_two_tensors_that_are_exchanged(ours, walked):
+    from tests.diffusion.stable.walk import first_beyond
+
+    unet = nnx.clone(ours.unet)
+    attention = unet.mid_block.attentions[0].transformer_blocks[0].attn1
+    key, value = attention.to_k.kernel[...], attention.to_v.kernel[...]
+    attention.to_k.kernel.set_value(value)
+    attention.to_v.kernel.set_value(key)
+    first = first_beyond(walked(unet), TOLERANCE)
+    assert first is not None
+    assert first.name == "mid_block.attentions.0.transformer_blocks.0.attn1.to_k"
