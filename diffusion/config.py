@@ -40,8 +40,8 @@ _POSITIVE = (
 
 # What a damaged file may not exceed: layers are made one by one, and there are as many weights as products of widths.
 _LARGEST = 2**20
-_LONGEST = 16
-_MOST = {"layers_per_block": 16, "num_hidden_layers": 128}
+_LONGEST = 8
+_MOST = {"layers_per_block": 8, "num_hidden_layers": 48}
 
 
 def check_fields(config: Any, positive: Collection[str]) -> None:
