@@ -1,12 +1,11 @@
 """Configurations of the U-Net: the fields of diffusers' config.json for a UNet2DModel, and the presets of this project."""
 
 import dataclasses
-import difflib
-import math
 import types
-import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
+
+from diffusion.published import check_class, check_fields, check_levels, check_share, read_fields
 
 CLASS_NAME = "UNet2DModel"
 
@@ -36,51 +35,6 @@ _POSITIVE = (
     "attn_norm_num_groups",
     "norm_eps",
 )
-
-
-# What a damaged file may not exceed: layers are made one by one, and there are as many weights as products of widths.
-_LARGEST = 2**20
-_LONGEST = 8
-_MOST = {"layers_per_block": 8, "num_hidden_layers": 48}
-
-
-def check_fields(config: Any, positive: Collection[str]) -> None:
-    """Raise a ValueError unless every field of a configuration is of its type and a size that a network can have.
-
-    Args:
-        config: a dataclass.
-        positive: the names of fields that must be positive, where they are not None.
-    """
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if not _fits(value, field.type):
-            kind = field.type.__name__ if isinstance(field.type, type) else field.type
-            raise ValueError(f"{field.name} = {value!r} must be {kind}")
-        if isinstance(value, tuple) and len(value) > _LONGEST:
-            raise ValueError(f"{field.name} has {len(value)} entries: at most {_LONGEST} are supported")
-        for number in value if isinstance(value, tuple) else (value,):
-            most = _MOST.get(field.name, _LARGEST)
-            if isinstance(number, int) and abs(number) > most:
-                raise ValueError(f"{field.name} = {value!r} is not supported: at most {most}")
-            if isinstance(number, float) and not math.isfinite(number):
-                raise ValueError(f"{field.name} = {value!r} must be finite")
-        if field.name in positive and value is not None and not value > 0:
-            raise ValueError(f"{field.name} = {value!r} must be positive")
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a parsed JSON value is of an annotated type; true and false are no numbers."""
-    if kind is None:
-        return value is None
-    if isinstance(kind, types.UnionType):
-        return any(_fits(value, one) for one in typing.get_args(kind))
-    if typing.get_origin(kind) is tuple:
-        kinds = typing.get_args(kind)
-        if not isinstance(value, tuple):
-            return False
-        kinds = kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds
-        return len(value) == len(kinds) and all(map(_fits, value, kinds))
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,26 +77,9 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         """Refuse, in one line, what the network cannot be built from."""
-        check_fields(self, _POSITIVE)
-        for name, allowed in _ALLOWED.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ValueError(f"{name} = {value!r} is not supported; what is: {', '.join(map(repr, allowed))}")
-        for name, allowed in (("down_block_types", _DOWN), ("up_block_types", _UP)):
-            for value in getattr(self, name):
-                if value not in allowed:
-                    raise ValueError(f"{name} holds {value!r}, which is not supported; what is: {', '.join(map(repr, allowed))}")
-        lengths = {len(self.block_out_channels), len(self.down_block_types), len(self.up_block_types)}
-        if lengths == {0} or len(lengths) != 1:
-            raise ValueError(
-                "block_out_channels, down_block_types and up_block_types must be equally many, one or more: got "
-                f"{len(self.block_out_channels)}, {len(self.down_block_types)} and {len(self.up_block_types)}"
-            )
-        for channels in self.block_out_channels:
-            if channels < 1 or channels % self.norm_num_groups:
-                raise ValueError(f"block_out_channels holds {channels!r}: not a multiple of norm_num_groups = {self.norm_num_groups}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout = {self.dropout!r} must be at least 0 and below 1")
+        check_fields(self, allowed=_ALLOWED, positive=_POSITIVE)
+        check_levels(self, down=_DOWN, up=_UP)
+        check_share(self, "dropout")
         if self.sample_size is not None:
             self.check_size(*((self.sample_size,) * 2 if isinstance(self.sample_size, int) else self.sample_size))
 
@@ -164,19 +101,8 @@ class UNetConfig:
 
         Raises: ValueError for another class, an unknown field (naming the nearest known one) or a value that does not do.
         """
-        class_name = fields.get("_class_name", CLASS_NAME)
-        if class_name != CLASS_NAME:
-            raise ValueError(f"config.json describes a {class_name!r}, not a {CLASS_NAME}")
-        names = [field.name for field in dataclasses.fields(cls)]
-        given: dict[str, Any] = {}
-        for name, value in fields.items():
-            if name.startswith("_"):
-                continue
-            if name not in names:
-                nearest = difflib.get_close_matches(name, names, n=1)
-                raise ValueError(f"config.json: unknown field {name!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else ""))
-            given[name] = tuple(value) if isinstance(value, list) else value
-        return cls(**given)
+        check_class(fields, CLASS_NAME)
+        return cls(**read_fields(cls, fields))
 
     def to_json(self) -> dict[str, Any]:
         """The contents of config.json: every field, and the class it belongs to."""

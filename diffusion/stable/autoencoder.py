@@ -6,7 +6,6 @@ Source: Rombach et al. 2022, Appendix G.
 """
 
 import dataclasses
-import difflib
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
@@ -17,8 +16,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
-from diffusion.config import check_fields
 from diffusion.layers import AttentionBlock, Downsample, GroupNorm, ResnetBlock, Upsample, at_least_float32, conv, silu
+from diffusion.published import check_class, check_fields, check_levels, read_fields
 
 CLASS_NAME = "AutoencoderKL"
 
@@ -35,7 +34,8 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "use_post_quant_conv": (True,),
     "mid_block_add_attention": (True,),
 }
-_BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+_DOWN = ("DownEncoderBlock2D",)
+_UP = ("UpDecoderBlock2D",)
 _POSITIVE = ("in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups", "scaling_factor")
 
 _EPS = 1e-6  # of every normalisation
@@ -73,24 +73,8 @@ class AutoencoderKLConfig:
 
     def __post_init__(self) -> None:
         """Refuse, in one line, what the autoencoder cannot be built from."""
-        for name, allowed in _ALLOWED.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ValueError(f"{name} = {value!r} is not supported; what is: {', '.join(map(repr, allowed))}")
-        check_fields(self, _POSITIVE)
-        for name, block in _BLOCKS.items():
-            for value in getattr(self, name):
-                if value != block:
-                    raise ValueError(f"{name} holds {value!r}, which is not supported; what is: {block!r}")
-        lengths = [len(getattr(self, name)) for name in ("block_out_channels", *_BLOCKS)]
-        if lengths[0] == 0 or len(set(lengths)) != 1:
-            raise ValueError(
-                "block_out_channels, down_block_types and up_block_types must be equally many, one or more: got "
-                f"{lengths[0]}, {lengths[1]} and {lengths[2]}"
-            )
-        for channels in self.block_out_channels:
-            if channels < 1 or channels % self.norm_num_groups:
-                raise ValueError(f"block_out_channels holds {channels!r}: not a multiple of norm_num_groups = {self.norm_num_groups}")
+        check_fields(self, allowed=_ALLOWED, positive=_POSITIVE)
+        check_levels(self, down=_DOWN, up=_UP)
 
     @property
     def factor(self) -> int:
@@ -112,19 +96,8 @@ class AutoencoderKLConfig:
 
         Raises: ValueError for another class, an unknown field (naming the nearest known one) or a value that does not do.
         """
-        class_name = fields.get("_class_name", CLASS_NAME)
-        if class_name != CLASS_NAME:
-            raise ValueError(f"config.json describes a {class_name!r}, not an {CLASS_NAME}")
-        names = [field.name for field in dataclasses.fields(cls)]
-        given: dict[str, Any] = {}
-        for name, value in fields.items():
-            if name.startswith("_"):
-                continue
-            if name not in names:
-                nearest = difflib.get_close_matches(name, names, n=1)
-                raise ValueError(f"config.json: unknown field {name!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else ""))
-            given[name] = tuple(value) if isinstance(value, list) else value
-        return cls(**given)
+        check_class(fields, CLASS_NAME)
+        return cls(**read_fields(cls, fields))
 
     def to_json(self) -> dict[str, Any]:
         """The contents of config.json: every field, and the class it belongs to."""

@@ -1,12 +1,11 @@
 """Configuration of the denoising network of Stable Diffusion: the fields of diffusers' config.json for a UNet2DConditionModel."""
 
 import dataclasses
-import difflib
 import types
 from collections.abc import Mapping
 from typing import Any
 
-from diffusion.config import check_fields
+from diffusion.published import check_class, check_fields, check_levels, check_share, read_fields
 
 CLASS_NAME = "UNet2DConditionModel"
 
@@ -97,27 +96,9 @@ class UNet2DConditionConfig:
 
     def __post_init__(self) -> None:
         """Refuse, in one line, what the network cannot be built from."""
-        check_fields(self, _POSITIVE)
-        for name, allowed in _ALLOWED.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ValueError(f"{name} = {value!r} is not supported; what is: {', '.join(map(repr, allowed))}")
-        for name, allowed in (("down_block_types", _DOWN), ("up_block_types", _UP)):
-            for value in getattr(self, name):
-                if value not in allowed:
-                    raise ValueError(f"{name} holds {value!r}, which is not supported; what is: {', '.join(map(repr, allowed))}")
-        lengths = [len(getattr(self, name)) for name in ("block_out_channels", "down_block_types", "up_block_types")]
-        if lengths[0] == 0 or len(set(lengths)) != 1:
-            raise ValueError(
-                "block_out_channels, down_block_types and up_block_types must be equally many, one or more: got "
-                f"{lengths[0]}, {lengths[1]} and {lengths[2]}"
-            )
-        for channels in self.block_out_channels:
-            for name in ("norm_num_groups", "attention_head_dim"):
-                if channels < 1 or channels % getattr(self, name):
-                    raise ValueError(f"block_out_channels holds {channels!r}: not a multiple of {name} = {getattr(self, name)}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout = {self.dropout!r} must be at least 0 and below 1")
+        check_fields(self, allowed=_ALLOWED, positive=_POSITIVE)
+        check_levels(self, down=_DOWN, up=_UP, divisors=("norm_num_groups", "attention_head_dim"))
+        check_share(self, "dropout")
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "UNet2DConditionConfig":
@@ -125,24 +106,13 @@ class UNet2DConditionConfig:
 
         Raises: ValueError for another class, an unknown field (naming the nearest known one) or a value that does not do.
         """
-        class_name = fields.get("_class_name", CLASS_NAME)
-        if class_name != CLASS_NAME:
-            raise ValueError(f"config.json describes a {class_name!r}, not a {CLASS_NAME}")
-        names = [field.name for field in dataclasses.fields(cls)]
+        check_class(fields, CLASS_NAME)
+        for name, version_1 in _LATER.items():
+            if (value := fields.get(name, version_1)) != version_1:
+                raise ValueError(f"{name} = {value!r} is not supported; what is: {version_1!r}")
         # What diffusers takes a missing field for, where that is not version 1.5.
-        given: dict[str, Any] = {"sample_size": None, "cross_attention_dim": 1280}
-        for name, value in fields.items():
-            if name.startswith("_"):
-                continue
-            if name in _LATER:
-                if value != _LATER[name]:
-                    raise ValueError(f"{name} = {value!r} is not supported; what is: {_LATER[name]!r}")
-            elif name not in names:
-                nearest = difflib.get_close_matches(name, names, n=1)
-                raise ValueError(f"config.json: unknown field {name!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else ""))
-            else:
-                given[name] = tuple(value) if isinstance(value, list) else value
-        return cls(**given)
+        missing = {"sample_size": None, "cross_attention_dim": 1280}
+        return cls(**(missing | read_fields(cls, fields, records=_LATER.keys())))
 
     def to_json(self) -> dict[str, Any]:
         """The contents of config.json: every field, and the class it belongs to."""

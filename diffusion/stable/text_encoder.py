@@ -6,7 +6,6 @@ Source: Radford et al. 2021 (arXiv:2103.00020), Section 2.4.
 """
 
 import dataclasses
-import difflib
 import math
 import os
 from collections.abc import Mapping
@@ -19,8 +18,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from diffusion.config import check_fields
 from diffusion.layers import LayerNorm, at_least_float32, linear
+from diffusion.published import check_fields, read_fields
 from diffusion.weights import new_folder, read_network, write_network
 
 WEIGHTS = "model.safetensors"
@@ -32,6 +31,7 @@ IGNORED = ("text_model.embeddings.position_ids",)
 
 # Record-keeping of transformers, and a dropout that no version of it applies.
 _RECORDS = ("architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "dropout")
+_ALLOWED = {"hidden_act": ("quick_gelu",)}
 _POSITIVE = (
     "vocab_size",
     "hidden_size",
@@ -72,9 +72,7 @@ class CLIPTextConfig:
 
     def __post_init__(self) -> None:
         """Refuse, in one line, what the network cannot be built from."""
-        check_fields(self, _POSITIVE)
-        if self.hidden_act != "quick_gelu":
-            raise ValueError(f"hidden_act = {self.hidden_act!r} is not supported; what is: 'quick_gelu'")
+        check_fields(self, allowed=_ALLOWED, positive=_POSITIVE)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size = {self.hidden_size} must be a multiple of num_attention_heads = {self.num_attention_heads}")
         if self.eos_token_id not in (None, 2, self.vocab_size - 1):
@@ -96,16 +94,7 @@ class CLIPTextConfig:
             raise ValueError(f"config.json describes a {model_type!r}, not a {MODEL_TYPE}")
         if (architectures := fields.get("architectures")) not in (None, [ARCHITECTURE]):
             raise ValueError(f"config.json describes {architectures!r}, not {[ARCHITECTURE]}")
-        names = [field.name for field in dataclasses.fields(cls)]
-        given: dict[str, Any] = {}
-        for name, value in fields.items():
-            if name.startswith("_") or name in _RECORDS:
-                continue
-            if name not in names:
-                nearest = difflib.get_close_matches(name, names, n=1)
-                raise ValueError(f"config.json: unknown field {name!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else ""))
-            given[name] = value
-        return cls(**given)
+        return cls(**read_fields(cls, fields, records=_RECORDS))
 
     def to_json(self) -> dict[str, Any]:
         """The contents of config.json: every field, and the architecture it belongs to."""
