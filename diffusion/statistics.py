@@ -42,7 +42,8 @@ class Estimate(NamedTuple):
         return int(self.low > 0) - int(self.high < 0)
 
     def __str__(self) -> str:
-        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]" + f" ({self.note})" * bool(self.note)
+        value, low, high = (f"{number:.3g}".replace("-", "−") for number in (self.value, self.low, self.high))
+        return f"{value} [{low}, {high}]" + f" ({self.note})" * bool(self.note)
 
 
 def _columns(least: int, **columns: Real[np.ndarray, "..."]) -> list[Float64[np.ndarray, " n"]]:

@@ -9,7 +9,7 @@ $\Lambda = \log\sum_\mathrm{others} e^{l} - l_\mathrm{own}$ and the leakage $\el
 to ℓ, so it keeps its digits where the own weight rounds to one. Source: arXiv:2605.27975, Eqs. (1), (2), (35), (56), (59), (74), (75).
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -74,6 +74,7 @@ def of_tile(
     *,
     first: Int[Array, ""] | int = 0,
     floor: Float[Array, " n"] | float = -jnp.inf,
+    top: Float[Array, " n"] | None = None,
 ) -> Moments:
     """Moments over one tile of memories, small enough that the n × m overlaps are held.
 
@@ -82,6 +83,7 @@ def of_tile(
         own: index of the state itself among all memories, which is left out; negative where it is not stored.
         first: index of the tile's first memory among all.
         floor: a lower bound on `top`: the largest logit so far, so that merging need not rescale the tile.
+        top: the largest logit of all memories, where it is known: all tiles are then relative to the same.
     """
     # Behind a barrier: else the exponentials are fused into the product, which then is slow.
     overlaps = lax.optimization_barrier(_matmul(states, memories.T))
@@ -93,7 +95,7 @@ def of_tile(
     if own is not None:
         logits = jnp.where(index[None] == own[:, None], -jnp.inf, logits)
     largest = jnp.max(logits, axis=1)
-    top = jnp.maximum(largest, floor)
+    top = jnp.maximum(largest, floor) if top is None else top
     # No memory at all: −inf − (−inf) is no number, and nothing has weight.
     below = logits - jnp.where(top == -jnp.inf, 0.0, top)[:, None]
     w = jnp.exp(below)
@@ -327,3 +329,16 @@ QUANTITIES: Mapping[str, Quantity] = {
     "sharpness": Quantity(_CURVATURE, _sharpness, "S(x), Eq. (74)"),
     "rise": Quantity(_CURVATURE, _rise, "S(x) − (d−1) x·∇E(x): the rotation-averaged rise is ½ε²σ² times this, Eqs. (9), (59)"),
 }
+
+# Moments that are differentiable; what is made from these alone is, too.
+SMOOTH = frozenset({"logit", "radial", "square", "mean"})
+
+
+def needed(quantities: Sequence[str], stored: bool) -> tuple[str, ...]:
+    """The moments that these quantities are made from. Raises ValueError for a name that is none, or needs states to be stored."""
+    for name in quantities:
+        if name not in QUANTITIES:
+            raise ValueError(f"no quantity is named {name!r}: choose from {', '.join(QUANTITIES)}")
+        if QUANTITIES[name].stored and not stored:
+            raise ValueError(f"{name!r} is defined for stored states only: give `own`, each state's index among the memories")
+    return tuple(sorted(frozenset().union(*(QUANTITIES[name].needs for name in quantities))))

@@ -1,8 +1,8 @@
 r"""Energies of many states against many memories in bounded memory: one pass over tiles.
 
 `summarise` and `stream` take arrays of any size, in host memory or mapped from a file, and compute what is asked for (`QUANTITIES`) and
-nothing else; `log_sums` and `energies`, of `hopjax.tiles`, are for use inside `jax.jit` and `jax.grad`. How the digits are kept is in
-`hopjax.moments`; many devices are in `hopjax.mesh`. Source: arXiv:2605.27975, Eqs. (1)-(4).
+nothing else; `log_sums`, `energies` and `quantities`, of `hopjax.tiles`, are for use inside `jax.jit` and `jax.grad`. How the digits are
+kept is in `hopjax.moments`; many devices are in `hopjax.mesh`. Source: arXiv:2605.27975, Eqs. (1)-(4).
 
 Accuracy: with R the largest norm, logits carry an error of a few eps·βR² from their products, as in the one-shot formulas, and so do
 exponents and entropies; energies a few eps·(R² + (log m + number of tiles)/β); the Hessian's trace a few eps·βR²·ℓ with ℓ the weight of
@@ -20,8 +20,20 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Real
 from numpy.typing import NDArray
 
-from hopjax.moments import QUANTITIES, Moments, Softmax, empty
-from hopjax.tiles import Rows, Tile, accumulate, check_beta, check_prior, check_rows, default_tile, density_prior, energies, log_sums
+from hopjax.moments import QUANTITIES, Moments, Softmax, empty, needed
+from hopjax.tiles import (
+    Rows,
+    Tile,
+    accumulate,
+    check_beta,
+    check_prior,
+    check_rows,
+    default_tile,
+    density_prior,
+    energies,
+    log_sums,
+    quantities,
+)
 
 __all__ = [
     "MEMORY_LIMIT",
@@ -40,6 +52,7 @@ __all__ = [
     "needed",
     "pieces",
     "plan",
+    "quantities",
     "stream",
     "summarise",
 ]
@@ -106,16 +119,6 @@ def _programs() -> _Programs:
         jax.jit(accumulate, static_argnames=("needs", "rows"), donate_argnames="moments"),
         jax.jit(finish, static_argnames="names"),
     )
-
-
-def needed(quantities: Sequence[str], stored: bool) -> tuple[str, ...]:
-    """The moments that these quantities are made from. Raises ValueError for a name that is none, or needs states to be stored."""
-    for name in quantities:
-        if name not in QUANTITIES:
-            raise ValueError(f"no quantity is named {name!r}: choose from {', '.join(QUANTITIES)}")
-        if QUANTITIES[name].stored and not stored:
-            raise ValueError(f"{name!r} is defined for stored states only: give `own`, each state's index among the memories")
-    return tuple(sorted(frozenset().union(*(QUANTITIES[name].needs for name in quantities))))
 
 
 def stream(

@@ -1,7 +1,7 @@
 r"""Sums over many memories inside one program: a tile of states meets a tile of memories, in bounded memory.
 
-`log_sums` and `energies` are for use inside `jax.jit` and `jax.grad`, with a derivative that streams too; `accumulate` gathers the
-moments that `hopjax.tiled` makes its quantities from. How the digits are kept is in `hopjax.moments`. Source: arXiv:2605.27975,
+`log_sums`, `energies` and `quantities` are for use inside `jax.jit` and `jax.grad`, with a derivative that streams too; `accumulate`
+gathers the moments that quantities are made from. How the digits are kept is in `hopjax.moments`. Source: arXiv:2605.27975,
 Eqs. (1)-(4).
 
 Accuracy: with R the largest norm, logits carry an error of a few eps·βR² from their products, as in the one-shot formulas; energies a few
@@ -9,7 +9,7 @@ eps·(R² + (log m + number of tiles)/β).
 """
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -20,8 +20,8 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Int, Real
 from numpy.typing import NDArray
 
-from hopjax.energy import _check_memories, _matmul, _positive
-from hopjax.moments import Moments, empty, merge, of_tile
+from hopjax.energy import _check_memories, _positive
+from hopjax.moments import QUANTITIES, SMOOTH, Moments, Softmax, empty, merge, needed, of_tile
 
 # Arrays on the host, in memory or mapped from a file, or on a device.
 Rows = NDArray[np.floating] | Array
@@ -78,13 +78,12 @@ def tile_rows(place: Array, offset: Array, rows: int) -> tuple[Array, Array]:
     return start, jnp.where(seen, -jnp.inf, lax.dynamic_slice_in_dim(offset, start, rows))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _log_sums(states: Array, memories: Array, beta: Array, offset: Array, own: Array | None, tile: Tile) -> Array:
-    def of_rows(states: Array, own: Array | None) -> Array:
-        moments = accumulate(empty(states, ()), states, memories, beta, offset, own, (), rows=tile.memories)
-        return moments.top + jnp.log(moments.weight)
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _moments(states: Array, memories: Array, beta: Array, offset: Array, own: Array | None, needs: tuple[str, ...], tile: Tile) -> Moments:
+    def of_rows(states: Array, own: Array | None) -> Moments:
+        return accumulate(empty(states, needs), states, memories, beta, offset, own, needs, rows=tile.memories)
 
-    return by_rows(of_rows, states.shape[0], tile.states, states, own)
+    return cast(Moments, by_rows(of_rows, states.shape[0], tile.states, states, own))
 
 
 def by_rows(function: Callable[..., Any], count: int, rows: int, *arrays: Array | None) -> Any:
@@ -103,51 +102,51 @@ def by_rows(function: Callable[..., Any], count: int, rows: int, *arrays: Array 
 _Kept = tuple[Array, Array, Array, Array, Array | None, Array]
 
 
-def _forward(states: Array, memories: Array, beta: Array, offset: Array, own: Array | None, tile: Tile) -> tuple[Array, _Kept]:
-    log_sums = _log_sums(states, memories, beta, offset, own, tile)
-    return log_sums, (states, memories, beta, offset, own, log_sums)
+def _forward(
+    states: Array, memories: Array, beta: Array, offset: Array, own: Array | None, needs: tuple[str, ...], tile: Tile
+) -> tuple[Moments, _Kept]:
+    moments = _moments(states, memories, beta, offset, own, needs, tile)
+    return moments, (states, memories, beta, offset, own, moments.top)
 
 
-def _backward(tile: Tile, kept: _Kept, cotangent: Array) -> tuple[Array, Array, Array, Array, None]:
-    """With p the softmax and c the cotangent: β(cp)ξ for states, β(cp)ᵀx for memories, Σ cp ξ·x for β, Σ cp for the offsets."""
-    states, memories, beta, offset, own, log_sums = kept
+def _backward(needs: tuple[str, ...], tile: Tile, kept: _Kept, cotangent: Moments) -> tuple[Array, Array, Array, Array, None]:
+    """Tile by tile, with the weights computed again.
+
+    `top` is a constant here, on which nothing that is made from the moments depends: they then are plain sums over the tiles.
+    """
+    states, memories, beta, offset, own, top = kept
     count, rows = states.shape[0], min(tile.states, states.shape[0])
 
     def of_states(place: Array, grads: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
         start = jnp.minimum(place * rows, count - rows)
-        x, log_sum, c, me = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, rows), (states, log_sums, cotangent, own))
-        c = jnp.where(start + lax.iota(jnp.int32, rows) < place * rows, 0.0, c)  # the last rows reach back
+        x, high, c, me = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, rows), (states, top, cotangent, own))
+        fresh = start + lax.iota(jnp.int32, rows) >= place * rows  # the last rows reach back
+        c = jax.tree.map(lambda a: jnp.where(fresh.reshape(-1, *(1,) * (a.ndim - 1)), a, 0.0), c)
 
         def of_memories(place: Array, grads: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
-            by_x, by_memories, by_beta, by_offset = grads
             first, offsets = tile_rows(place, offset, tile.memories)
             part = lax.dynamic_slice_in_dim(memories, first, offsets.shape[0])
-            overlaps = lax.optimization_barrier(_matmul(x, part.T))
-            logits = beta * overlaps + offsets[None]
-            if me is not None:
-                logits = jnp.where(first + lax.iota(jnp.int32, part.shape[0])[None] == me[:, None], -jnp.inf, logits)
-            p = c[:, None] * jnp.exp(logits - log_sum[:, None])
 
-            def added(total: Array, term: Array) -> Array:
-                return lax.dynamic_update_slice_in_dim(total, lax.dynamic_slice_in_dim(total, first, part.shape[0]) + term, first, 0)
+            def sums(x: Array, part: Array, beta: Array, offsets: Array) -> Moments:
+                return of_tile(x, part, beta, offsets, me, needs, first=first, top=high)
 
-            return (
-                by_x + beta * _matmul(p, part),
-                added(by_memories, beta * _matmul(p.T, x)),
-                by_beta + jnp.sum(p * overlaps),
-                added(by_offset, jnp.sum(p, axis=0)),
-            )
+            here, there, by_beta, by_offset = jax.vjp(sums, x, part, beta, offsets)[1](c)
+            return grads[0] + here, _added(grads[1], there, first), grads[2] + by_beta, _added(grads[3], by_offset, first)
 
         by_states, *others = grads
         by_x, *others = lax.fori_loop(0, -(-memories.shape[0] // tile.memories), of_memories, (jnp.zeros_like(x), *others))
-        by_states = lax.dynamic_update_slice_in_dim(by_states, lax.dynamic_slice_in_dim(by_states, start, rows) + by_x, start, 0)
-        return by_states, *others
+        return _added(by_states, by_x, start), *others
 
     nothing = tuple(jnp.zeros_like(array) for array in (states, memories, beta, offset))
     return *lax.fori_loop(0, -(-count // rows), of_states, nothing), None
 
 
-_log_sums.defvjp(_forward, _backward)
+_moments.defvjp(_forward, _backward)
+
+
+def _added(total: Array, term: Array, first: Array) -> Array:
+    """`total` with `term` added to the rows from `first` on."""
+    return lax.dynamic_update_slice_in_dim(total, lax.dynamic_slice_in_dim(total, first, term.shape[0]) + term, first, 0)
 
 
 def _checked(states: Array, memories: Array, own: Any, log_prior: Any) -> tuple[Array | None, Array]:
@@ -206,7 +205,8 @@ def log_sums(
         tile: by default what is fast on the platform for this dimension.
     """
     own_index, offset = _checked(states, memories, own, log_prior)
-    return _log_sums(states, memories, _positive(beta, memories), offset, own_index, tile or default_tile())
+    moments = _moments(states, memories, _positive(beta, memories), offset, own_index, (), tile or default_tile())
+    return moments.top + jnp.log(moments.weight)
 
 
 def energies(
@@ -222,6 +222,36 @@ def energies(
     A prior of −log m for all memories makes it the log M-normalised variant, `density_prior` that of the kernel density.
     """
     return 0.5 * jnp.sum(states**2, axis=1) - log_sums(states, memories, beta, log_prior=log_prior, tile=tile) / _positive(beta, memories)
+
+
+def quantities(
+    states: Float[Array, "n d"],
+    memories: Float[Array, "m d"],
+    beta: Real[ArrayLike, ""],
+    names: Sequence[str],
+    *,
+    own: Int[ArrayLike, " n"] | None = None,
+    log_prior: Float[ArrayLike, " m"] | None = None,
+    tile: Tile | None = None,
+) -> dict[str, Float[Array, "n *_"]]:
+    """Quantities of many states by name, curvature included: `hopjax.tiled.summarise` inside a program, differentiable like `log_sums`.
+
+    Args:
+        names: from `QUANTITIES`, but for those that are indices or distances.
+        own: index of each state among the memories, if all states are stored. A state is then its own memory, and the derivative of that
+            memory's term is by the state; the memory's own row gets none of it.
+
+    Raises: ValueError for a name that is none, or of something that has no derivative.
+    """
+    needs = needed(names, stored=own is not None)
+    rough = [name for name in names if not QUANTITIES[name].needs <= SMOOTH]
+    if rough:
+        raise ValueError(f"{rough[0]!r} has no derivative: ask `hopjax.tiled.summarise` for it")
+    own_index, offset = _checked(states, memories, own, log_prior)
+    b = _positive(beta, memories)
+    moments = _moments(states, memories, b, offset, own_index, needs, tile or default_tile())
+    soft = Softmax(moments, states, b, None if own_index is None else offset[own_index])
+    return {name: QUANTITIES[name].of(soft) for name in names}
 
 
 def density_prior(memories: Float[Array, "m d"], beta: Real[ArrayLike, ""]) -> Float[Array, " m"]:

@@ -359,6 +359,63 @@ def test_left_out_memories_get_no_derivative_from_their_own_state():
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-13)
 
 
+SMOOTH = ("excess", "entropy", "others_entropy", "slope", "hessian_trace", "sharpness", "rise")
+
+
+def dense_quantities(x, memories, beta, log_prior):
+    """Of one state, from the softmax and the Hessian themselves."""
+    p = jax.nn.softmax(beta * memories @ x + log_prior)
+    pull = p @ memories - x
+    hessian = jnp.eye(len(x)) - beta * (memories.T * p[None]) @ memories + beta * jnp.outer(p @ memories, p @ memories)
+    entropy = -p @ jnp.log(p)
+    sharpness = (x @ x) * jnp.trace(hessian) - x @ hessian @ x
+    excess = x @ x - jax.nn.logsumexp(beta * memories @ x + log_prior) / beta
+    slope = -x @ pull
+    return jnp.stack([excess, entropy, entropy, slope, jnp.trace(hessian), sharpness, sharpness - (len(x) - 1) * slope])
+
+
+def streamed(weight, names, *arguments, own=None, log_prior=None):
+    found = tiled.quantities(*arguments, names, own=own, log_prior=log_prior, tile=Tile(4, 5))
+    return jnp.sum(weight * jnp.stack([found[name] for name in names], axis=1))
+
+
+def test_curvature_and_entropy_have_a_derivative_that_streams():
+    rng = np.random.default_rng(0)
+    arguments = [jnp.asarray(a) for a in (rng.standard_normal((7, 3)), rng.standard_normal((13, 3)), 1.5, rng.standard_normal(13))]
+    weight = jnp.asarray(rng.standard_normal((7, len(SMOOTH))))
+
+    def ours(x, memories, beta, log_prior):
+        return streamed(weight, SMOOTH, x, memories, beta, log_prior=log_prior)
+
+    def dense(x, memories, beta, log_prior):
+        return jnp.sum(weight * jax.vmap(lambda one: dense_quantities(one, memories, beta, log_prior))(x))
+
+    np.testing.assert_allclose(ours(*arguments), dense(*arguments), rtol=1e-12)
+    for found, expected in zip(*(jax.grad(f, (0, 1, 2, 3))(*arguments) for f in (ours, dense)), strict=True):
+        # Terms of size up to β²R⁴ ≈ 10³, of which 7 × 7 × 13 are added.
+        np.testing.assert_allclose(found, expected, rtol=0, atol=637 * 1e3 * 8 * 2.3e-16)
+
+
+def test_the_derivative_of_stored_states_is_that_of_their_memories():
+    memories, own = jnp.asarray(landscape(9, 3)), jnp.arange(9)
+    kept = [i for i, name in enumerate(SMOOTH) if name != "others_entropy"]  # `dense_quantities` leaves no memory out
+    weight = jnp.asarray(np.random.default_rng(0).standard_normal((9, len(kept))))
+
+    def ours(y, beta):
+        return streamed(weight, [SMOOTH[i] for i in kept], y, y, beta, own=own)
+
+    def dense(y, beta):
+        return jnp.sum(weight * jax.vmap(lambda one: dense_quantities(one, y, beta, jnp.zeros(9))[np.array(kept)])(y))
+
+    for found, expected in zip(*(jax.grad(f, (0, 1))(memories, 2.0) for f in (ours, dense)), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=567 * 1e3 * 8 * 2.3e-16)
+
+
+def test_what_has_no_derivative_is_refused():
+    with pytest.raises(ValueError, match=r"'nearest' has no derivative: ask `hopjax.tiled.summarise` for it"):
+        tiled.quantities(jnp.asarray(landscape(5, 3)), jnp.asarray(landscape(9, 3)), 2.0, ["energy", "nearest"])
+
+
 # ---- Memory, compilation, resuming ---------------------------------------------------------------------------------------
 
 
@@ -389,10 +446,13 @@ def test_the_compiled_program_keeps_the_limit_at_60000_images():
     assert held < 4 * count * count / 10
 
 
-def test_gradients_hold_tiles_not_pairs():
+@pytest.mark.parametrize("name", ["energy", "rise"])
+def test_gradients_hold_tiles_not_pairs(name):
     count, dim = 20_000, 64
     beta, states, memories = jnp.float32(3.0), shaped(count, dim), shaped(count, dim)
-    needed = temporary_bytes(lambda x, y: jax.grad(lambda x, y: tiled.energies(x, y, beta).sum(), (0, 1))(x, y), states, memories)
+    needed = temporary_bytes(
+        lambda x, y: jax.grad(lambda x, y: tiled.quantities(x, y, beta, [name])[name].sum(), (0, 1))(x, y), states, memories
+    )
     # A few tiles of 2048 × 1024, and a few arrays of the inputs' size.
     assert needed < 4 * (6 * 2048 * 1024 + 8 * count * dim)
     assert needed < 4 * count * count / 10
