@@ -179,6 +179,9 @@ def test_shards_that_do_not_do_are_refused_in_one_line(folder):
     for part, content in whole.items():
         part.write_bytes(content)
 
+    long = "x" * 3000 + ".safetensors"  # than any file's name may be
+    index.write_text(json.dumps(fields | {"weight_map": fields["weight_map"] | {"conv_in.bias": long}}))
+    refused("1 of 5 missing: x{200}…$")
     for name in ("../x.safetensors", "/x.safetensors", "x.bin", "", "."):
         index.write_text(json.dumps(fields | {"weight_map": fields["weight_map"] | {"conv_in.bias": name}}))
         refused("which is no safetensors file beside it")
@@ -253,6 +256,19 @@ def test_what_is_written_is_safetensors_of_each_dtype(tmp_path):
     assert int.from_bytes((tmp_path / "y").read_bytes()[:8], "little") % 8 == 0
 
 
+def test_numbers_too_large_for_the_parameters_are_refused(tmp_path):
+    data = np.array([0, 1e300, 0]).tobytes() + DATA[12:]
+    file = raw(tmp_path / "x", {"a": tensor(0, 24, [3], "F64"), "b": tensor(24, 32, [2, 2], "BF16")}, data)
+    with pytest.raises(ValueError, match=r"x: a holds numbers too large for float32$"):
+        read_tensors(file, Pair)
+
+
+def test_files_that_cannot_be_read_are_refused(tmp_path):
+    for file in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ValueError, match="cannot read "):
+            read_tensors(file, Pair)
+
+
 def test_parameters_that_would_be_one_tensor_are_refused(tmp_path):
     class Clash(nnx.Module):
         def __init__(self):
@@ -263,6 +279,7 @@ def test_parameters_that_would_be_one_tensor_are_refused(tmp_path):
 
 
 TWICE = json.dumps(HEADER).encode()[:-1] + b', "a": ' + json.dumps(HEADER["a"]).encode() + b"}"
+MANY = json.dumps(HEADER).encode()[:-1] + b', "c": {"dtype": "F32", "shape": [0], "data_offsets": [20, 20]}' * 20_000 + b"}"
 
 
 @pytest.mark.parametrize(
@@ -285,6 +302,9 @@ TWICE = json.dumps(HEADER).encode()[:-1] + b', "a": ' + json.dumps(HEADER["a"]).
         (HEADER | {"a": tensor(0, 12, [1] * 70 + [3])}, None, r"misshapen: a \(1, "),
         (HEADER | {"a": tensor(0, 12, [3, 4], "F8_E4M3")}, None, r"misshapen: a \(3, 4\) instead of \(3,\)$"),
         (HEADER | {"a": tensor(0, 12, [3], "I32")}, None, "misshapen: a is I32, not of floating point$"),
+        (MANY, None, "not a safetensors file: c is in it twice$"),
+        (HEADER | {"a": tensor(0, 12, [3], "F32\nand more")}, None, r"not a whole safetensors file: '.*F32\\nand more"),
+        (HEADER | {"a": tensor(0, 12, [1] * 10_000 + [3])}, None, r"misshapen: a \(1, .*… instead of \(3,\)$"),
         ({"\n\x1b[31mred": HEADER["a"], "b": HEADER["b"]}, None, r"missing: a; unexpected: '\\n\\x1b\[31mred'$"),
         ({"x" * 10_000: HEADER["a"], "b": HEADER["b"]}, None, "missing: a; unexpected: x{200}…$"),
     ],

@@ -59,7 +59,7 @@ class Pair(nnx.Module):
         self.b = nnx.Param(jnp.zeros(40, jnp.float32))
 
 
-TENSORS = {"a": np.arange(15, dtype=np.float32).reshape(5, 3), "b": np.linspace(0, 1, 40, dtype=np.float16)}
+TENSORS: dict[str, np.ndarray] = {"a": np.arange(15, dtype=np.float32).reshape(5, 3), "b": np.linspace(0, 1, 40, dtype=np.float16)}
 WHOLE = save(TENSORS)
 
 
@@ -119,6 +119,8 @@ def damaged(draw: st.DrawFn, whole: bytes = WHOLE) -> bytes:
 @given(content=damaged() | headers() | st.binary(max_size=64))
 def test_any_bytes_are_tensors_or_refused(tmp_path, content):
     file = tmp_path / "x"
+    file.write_bytes(WHOLE)
+    assert answered(read_tensors, file, Pair)  # what JAX makes once
     file.write_bytes(content)
     # Making the two parameters takes a hundred kilobytes or so.
     assert taken(file) < 64 * len(content) + 2**20
@@ -297,4 +299,5 @@ def test_promises_of_gigabytes_are_not_believed(tmp_path):
     lines = done.stdout.splitlines()
     assert len(lines) == len(cases) + 1
     assert all("is not a whole safetensors file" in line for line in lines[:-1])
-    assert "does not hold this network: misshapen" in lines[-1]
+    assert "does not hold this network: " in lines[-1]
+    assert " instead of (1048576,)" in lines[-1]
