@@ -132,21 +132,20 @@ class StableDiffusion:
         """
         folder = resolve(place)
         method = _checked_index(folder)
+        # The largest last: what is wrong with the others is said at once.
+        scheduler_config = read_json(folder / "scheduler" / SCHEDULER) | {"_class_name": method}
+        Scheduler.from_json(scheduler_config)
         text_encoder = read_text_encoder(folder / "text_encoder", dtype=dtype)
-        return cls(
-            unet=read_network(
-                folder / "unet", UNet2DConditionConfig.from_json, lambda config: UNet2DCondition(config, dtype=dtype, rngs=nnx.Rngs(0))
-            ),
-            vae=read_network(
-                folder / "vae", AutoencoderKLConfig.from_json, lambda config: AutoencoderKL(config, dtype=dtype, rngs=nnx.Rngs(0))
-            ),
-            text_encoder=text_encoder,
-            tokenizer=read_tokenizer(folder / "tokenizer", length=text_encoder.config.max_position_embeddings),
-            tokenizer_files={
-                name: (folder / "tokenizer" / name).read_bytes() for name in _TOKENIZER_FILES if (folder / "tokenizer" / name).is_file()
-            },
-            scheduler_config=read_json(folder / "scheduler" / SCHEDULER) | {"_class_name": method},
+        tokenizer = read_tokenizer(folder / "tokenizer", length=text_encoder.config.max_position_embeddings)
+        vae = read_network(
+            folder / "vae", AutoencoderKLConfig.from_json, lambda config: AutoencoderKL(config, dtype=dtype, rngs=nnx.Rngs(0))
         )
+        unet = read_network(
+            folder / "unet", UNet2DConditionConfig.from_json, lambda config: UNet2DCondition(config, dtype=dtype, rngs=nnx.Rngs(0))
+        )
+        files = [folder / "tokenizer" / name for name in _TOKENIZER_FILES]
+        tokenizer_files = {file.name: file.read_bytes() for file in files if file.is_file()}
+        return cls(unet, vae, text_encoder, tokenizer, tokenizer_files, scheduler_config)
 
     def save_folder(self, folder: str | os.PathLike[str]) -> None:
         """Write a folder that `from_folder` and diffusers' `StableDiffusionPipeline.from_pretrained` take. It appears whole or not at all.

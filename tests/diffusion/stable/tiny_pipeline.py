@@ -86,6 +86,6 @@ def smallest(*, dtype=jnp.float32, seed=0):
 
 def network(pipeline, prompts):
     """ε of noisy latents and timesteps with these prompts and no guidance, for plain loops in numpy."""
-    text = pipeline.text_encoder(jnp.asarray(pipeline.tokenizer(prompts).ids)).last_hidden_state
+    text = jax.jit(lambda ids: pipeline.text_encoder(ids).last_hidden_state)(pipeline.tokenizer(prompts).ids)
     unet = jax.jit(lambda x, t: pipeline.unet(x, t, text))
     return lambda x, t: np.asarray(unet(jnp.asarray(x, jnp.float32), jnp.full(len(x), t, jnp.float32)), float)
