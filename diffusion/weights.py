@@ -244,7 +244,12 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def write_json(file: Path, fields: Mapping[str, Any]) -> None:
     """A JSON object as diffusers lays it out; on the disk on return."""
-    file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_bytes(file, (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode())
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+    """A small file; on the disk on return."""
+    file.write_bytes(content)
     _sync(file)
 
 

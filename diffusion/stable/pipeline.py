@@ -44,7 +44,7 @@ from diffusion.stable.text_encoder import WEIGHTS as TEXT_WEIGHTS
 from diffusion.stable.text_encoder import TextEncoder, read_text_encoder
 from diffusion.stable.tokenizer import Tokenizer, read_tokenizer
 from diffusion.stable.unet import UNet2DCondition
-from diffusion.weights import CONFIG, new_folder, read_json, read_network, write_json, write_network
+from diffusion.weights import CONFIG, new_folder, read_json, read_network, write_bytes, write_json, write_network
 
 Latents: TypeAlias = Float[Array, "n h w z"]
 Pixels: TypeAlias = Shaped[np.ndarray, "n h w c"] | Shaped[Array, "n h w c"]
@@ -165,7 +165,7 @@ class StableDiffusion:
             write_network(partial / "text_encoder", self.text_encoder.config.to_json(), self.text_encoder, weights=TEXT_WEIGHTS)
             (partial / "tokenizer").mkdir()
             for name, content in self.tokenizer_files.items():
-                (partial / "tokenizer" / name).write_bytes(content)
+                write_bytes(partial / "tokenizer" / name, content)
             (partial / "scheduler").mkdir()
             write_json(partial / "scheduler" / SCHEDULER, self.scheduler_config)
 
@@ -186,10 +186,9 @@ class StableDiffusion:
 
         Raises: ValueError for images that cannot be encoded, or pixels that are neither bytes nor from 0 to 1.
         """
-        _, height, width, channels = images.shape
-        self.vae.config.latent_size(height, width)
-        if channels != self.vae.config.in_channels:
-            raise ValueError(f"images have {channels} channels, the autoencoder takes {self.vae.config.in_channels}")
+        self.vae.config.latent_size(*_size(images))
+        if images.shape[3] != self.vae.config.in_channels:
+            raise ValueError(f"images have {images.shape[3]} channels, the autoencoder takes {self.vae.config.in_channels}")
         if images.dtype != np.uint8:
             low, high = float(images.min()), float(images.max())
             if not (low >= 0 and high <= 1):
@@ -279,8 +278,8 @@ class StableDiffusion:
         """
         if not 0 < strength <= 1:
             raise ValueError(f"strength = {strength} is out of range: need 0 < strength ≤ 1")
+        self._whole_latents(*_size(images))
         _same_number("prompts", prompts, "images", images)
-        self._whole_latents(*images.shape[1:3])
         last = int(steps * strength)
         if last < 1 <= steps:
             raise ValueError(f"strength = {strength} leaves none of {steps} steps: need strength ≥ {1 / steps:g}")
@@ -314,7 +313,7 @@ class StableDiffusion:
         Raises: ValueError as for `text_to_image`, and for a timestep that is not in the schedule.
         """
         schedule = self.scheduler().objective.schedule
-        self._whole_latents(*images.shape[1:3])
+        self._whole_latents(*_size(images))
         prompts = [""] * len(images) if prompts is None else prompts
         _same_number("prompts", prompts, "images", images)
         if not 0 < timestep < schedule.timesteps:
@@ -451,6 +450,12 @@ def _batches(count: int, batch: int) -> list[Places]:
         raise ValueError(f"{count} images in batches of {batch}: need one or more of each")
     size = min(batch, count)
     return [np.minimum(np.arange(first, first + size, dtype=np.int32), count - 1) for first in range(0, count, size)]
+
+
+def _size(images: Any) -> tuple[int, int]:
+    if images.ndim != 4:
+        raise ValueError(f"images are an array of {images.ndim} axes: need 4, (number, height, width, channels)")
+    return images.shape[1], images.shape[2]
 
 
 def _same_number(what: str, one: Sized, whose: str, other: Sized) -> None:

@@ -278,6 +278,8 @@ def image(pipeline, prompts=("a cat",), given=None, **options):
         (lambda p: text(p, size=(4, 5)), "images of 4 × 5 are not decoded from latents: height and width must be multiples of 2"),
         (lambda p: image(p, given=images(1, size=5)), "images of 5 × 5 are not decoded"),
         (lambda p: p.reconstruct(images(1, size=1), key=KEY), "an image of 1 × 1 cannot be encoded"),
+        (lambda p: p.encode(images(1)[0]), r"images are an array of 3 axes: need 4, \(number, height, width, channels\)"),
+        (lambda p: image(p, given=images(1)[0]), "images are an array of 3 axes"),
         (lambda p: p.encode(images(1)[..., :1]), "images have 1 channels, the autoencoder takes 3"),
         (lambda p: p.encode(images(1).astype(np.float32)), "pixels lie between [0-9]+ and 25[0-9]: give bytes, or numbers from 0 to 1"),
         (lambda p: p.encode(np.full((1, 4, 4, 3), np.nan, np.float32)), "pixels lie between nan and nan"),
