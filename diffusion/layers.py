@@ -33,15 +33,18 @@ def _uniform(fan_in: int) -> Callable[..., Array]:
 def initialise(make: Callable[[nnx.Rngs], Model], key: Key[Array, ""]) -> Model:
     """The model `make(rngs)` with the random numbers of all parameters drawn at once.
 
-    The same law as calling `make` directly, which compiles one draw for each shape: tens of seconds for a U-Net.
+    The same law as calling `make` directly, which compiles one draw for each shape: tens of seconds for a U-Net. Embeddings are
+    N(0, 0.02²), as CLIP's are published (`initializer_range`), whatever `make` says.
     """
     model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
     variables = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     sizes = [math.prod(variable.shape) for variable in variables.values()]
     draws = np.split(np.asarray(jax.random.uniform(key, (sum(sizes),), jnp.float32, -1, 1)), np.cumsum(sizes)[:-1])
-    for (path, variable), draw in zip(variables.items(), draws, strict=True):
+    for number, ((path, variable), draw) in enumerate(zip(variables.items(), draws, strict=True)):
         kernel = variables.get((*path[:-1], "kernel"))
-        if kernel is None:  # a normalisation
+        if path[-1] == "embedding":
+            value = 0.02 * np.asarray(jax.random.normal(jax.random.fold_in(key, number), variable.shape, jnp.float32))
+        elif kernel is None:  # a normalisation
             value = np.full(variable.shape, path[-1] == "scale", np.float32)
         else:
             value = (_bound(math.prod(kernel.shape[:-1])) * draw).reshape(variable.shape).astype(np.float32)

@@ -1,5 +1,9 @@
-"""Latents of images on the disk: the moments of their distributions, computed once, so that each step of training draws from them anew."""
+"""Latents of an autoencoder: as a space that a diffusion process runs in, and on the disk.
 
+What is kept of an image is the distribution of its latents, computed once, so that each step of training draws from it anew.
+"""
+
+import dataclasses
 import fcntl
 import functools
 import hashlib
@@ -7,18 +11,20 @@ import io
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
-from jaxtyping import Array, Float, Float32, Shaped
+from jaxtyping import Array, Float, Float32, Key, Shaped
 
 from diffusion.backend import compiler_options
 from diffusion.pixels import checked, to_model
-from diffusion.stable.autoencoder import AutoencoderKL
+from diffusion.samplers import Network
+from diffusion.space import Space
+from diffusion.stable.autoencoder import AutoencoderKL, AutoencoderKLConfig, DiagonalGaussian
 from diffusion.stages import fingerprint
 from hopjax.cli.tasks import description
 from hopjax.data import Images
@@ -142,3 +148,59 @@ def _read(file: Path, shape: tuple[int, ...]) -> Float32[np.ndarray, "n _ _ m"] 
     except (OSError, ValueError, EOFError):
         return None
     return found if (found.shape, found.dtype) == (shape, np.dtype("<f4")) else None
+
+
+class Latents(NamedTuple):
+    """What is known of the latents of n images, arrays of n rows; None is what is not known, or not asked for.
+
+    Attributes:
+        moments: means and log variances, one after the other in the last axis; None for latents that are to be generated.
+        prompt: places in the space's table of texts.
+        pixels: of the images, as files hold them; for measuring alone.
+    """
+
+    moments: Any
+    prompt: Any
+    pixels: Any = None
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["texts", "autoencoder"], meta_fields=["graphdef", "config"])
+@dataclasses.dataclass(frozen=True, eq=False)
+class LatentSpace(Space):
+    """Latents of an autoencoder, times `scaling_factor`, for a network that is called with a text too; a batch is `Latents`.
+
+    Attributes:
+        texts: encoded prompts, k × tokens × features.
+        autoencoder: its parameters,
+        graphdef: and the rest of it.
+        config: its configuration.
+    """
+
+    texts: Any
+    autoencoder: Any
+    graphdef: Any
+    config: AutoencoderKLConfig
+
+    clip = None
+
+    def clean(self, batch: Latents, key: Key[Array, ""] | None = None) -> Float[Array, "n h w z"]:
+        """Drawn from their distributions with the key."""
+        latents = DiagonalGaussian(*jnp.split(batch.moments, 2, axis=-1))
+        return self.config.scaling_factor * (latents.mode if key is None else latents.sample(key))
+
+    def network(self, model: Any, batch: Latents, key: Key[Array, ""] | None = None) -> Network:
+        """Of a module that is called with (latents, timestep, text, dropout key)."""
+        text = self.texts[batch.prompt]
+        return lambda noisy, timestep: model(noisy, timestep, text, key)
+
+    def decode(self, clean: Float[Array, "n h w z"]) -> Float[Array, "n _ _ c"]:
+        """By the autoencoder."""
+        return nnx.merge(self.graphdef, self.autoencoder).decode(clean / self.config.scaling_factor)
+
+    def images(self, batch: Latents) -> Float[Array, "n _ _ c"]:
+        """The images themselves, not what is decoded of their latents."""
+        return to_model(batch.pixels)
+
+    def shape(self, image: tuple[int, int, int]) -> tuple[int, int, int]:
+        """A latent for each `factor` × `factor` pixels."""
+        return (*self.config.latent_size(*image[:2]), self.config.latent_channels)

@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from diffusion.optimiser import AdamW, averaged, newest_weight
+from diffusion.optimiser import Adafactor, AdamW, averaged, newest_weight
 
 pytestmark = pytest.mark.usefixtures("as_run")
 EPS = float(np.finfo(np.float32).eps)
@@ -155,3 +156,80 @@ def test_every_kernel_of_a_network_is_decayed():
 def test_what_cannot_be_trained_with_is_refused(name, value, bound):
     with pytest.raises(ValueError, match=rf"^{name} = {value} is out of range: need {bound}$"):
         AdamW(**{name: value})
+
+
+# ---- Less memory ---------------------------------------------------------------------------------------------------------
+
+
+def bytes_of(optimiser, params):
+    state = jax.eval_shape(optimiser.transformation(10).init, params)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state) if leaf.shape)
+
+
+def test_moments_take_the_memory_that_they_are_said_to():
+    params = {"kernel": jax.ShapeDtypeStruct((3, 3, 256, 512), np.float32), "bias": jax.ShapeDtypeStruct((512,), np.float32)}
+    count = 9 * 256 * 512 + 512
+    assert bytes_of(AdamW(), params) == 8 * count
+    assert bytes_of(AdamW(first_moments="bfloat16"), params) == 6 * count
+    # Rows and columns of the kernel, second moments of the bias, and a number each for what there is not.
+    assert bytes_of(Adafactor(), params) == 4 * (9 * (256 + 512) + 512 + 3)
+
+
+def test_first_moments_of_half_the_bytes_change_updates_by_their_rounding():
+    random = np.random.default_rng(0)
+    gradients = [jax.tree.map(lambda leaf: random.normal(size=leaf.shape).astype(np.float32), PARAMS) for _ in range(5)]
+    ends = []
+    for moments in ("float32", "bfloat16"):
+        transformation = AdamW(0.1, warmup=0, weight_decay=0.0, first_moments=moments).transformation(10)
+        state = transformation.init(PARAMS)
+        for one in gradients:
+            updates, state = transformation.update(one, state, PARAMS)
+        ends.append(np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(updates)]))
+    assert ends[1].dtype == np.float32
+    # Five roundings to 8 digits of numbers of the moments' size.
+    assert 1e-5 < np.abs(ends[1] - ends[0]).max() / np.abs(ends[0]).max() < 5 * 2.0**-8
+
+
+def adafactor(gradients, params, rate, decay, clip):
+    """Algorithm 4 of Shazeer and Stern in float64, of one matrix and of one vector, without the scale of parameters."""
+    rows, columns, all_ = 0.0, 0.0, 0.0
+    for step, gradient in enumerate(gradients, 1):
+        share = step**-0.8
+        square = gradient**2 + 1e-30
+        if gradient.ndim == 2:
+            rows = (1 - share) * rows + share * square.mean(axis=1)
+            columns = (1 - share) * columns + share * square.mean(axis=0)
+            second = np.outer(rows, columns) / rows.mean()
+        else:
+            second = all_ = (1 - share) * all_ + share * square
+        update = gradient / np.sqrt(second)
+        update /= max(1.0, np.sqrt(np.mean(update**2)) / clip)
+        params = params - rate * (update + (decay if gradient.ndim == 2 else 0) * params)
+    return params
+
+
+@pytest.mark.parametrize("clip", [0.7, 100.0])
+def test_adafactor_is_the_published_algorithm(clip):
+    random = np.random.default_rng(1)
+    params = {"kernel": random.normal(size=(128, 130)), "bias": random.normal(size=130)}
+    gradients = [{name: random.normal(size=p.shape) * 10.0**-n for name, p in params.items()} for n in range(4)]
+    transformation = Adafactor(0.1, warmup=0, weight_decay=0.3, clip=clip).transformation(10)
+    now = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+    state = transformation.init(now)
+    for one in gradients:
+        updates, state = transformation.update(jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), one), state, now)
+        now = optax.apply_updates(now, updates)
+    for name, start in params.items():
+        expected = adafactor([one[name] for one in gradients], start, 0.1, 0.3, clip)
+        np.testing.assert_allclose(now[name], expected, rtol=0, atol=30 * EPS * np.abs(expected).max())
+
+
+def test_adafactor_warms_up_and_decays_as_adamw_does(unchecked):
+    for warmup, decay in ((4, 0.3), (0, 0.0)):
+        np.testing.assert_array_equal(
+            rates(Adafactor(0.1, warmup=warmup, decay=decay), 20), rates(AdamW(0.1, warmup=warmup, decay=decay), 20)
+        )
+    with pytest.raises(ValueError, match=r"^clip = 0 is out of range: need 0 < clip < ∞$"):
+        Adafactor(clip=0)
+    with pytest.raises(ValueError, match=r"^first_moments = 'float16' is not known: take float32 or bfloat16$"):
+        AdamW(**{"first_moments": "float16"})

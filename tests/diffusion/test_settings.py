@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from diffusion.config import PRESETS as NETWORKS
 from diffusion.layout import Layout
 from diffusion.objective import Denoising
-from diffusion.optimiser import AdamW
+from diffusion.optimiser import Adafactor, AdamW
 from diffusion.schedules import CosineSchedule, LinearSchedule, Prediction, ScaledLinearSchedule
 from diffusion.settings import PRESETS, Length, Network, Noise, Settings, difference
 
@@ -28,7 +28,8 @@ settings = st.builds(
         st.integers(2, 4000),
         st.sampled_from([kind.value for kind in Prediction]),
     ),
-    st.builds(AdamW, positive, st.integers(0, 9999), fractions, fractions, positive),
+    st.builds(AdamW, positive, st.integers(0, 9999), fractions, fractions, positive, st.sampled_from(["float32", "bfloat16"]))
+    | st.builds(Adafactor, positive, st.integers(0, 9999), fractions, fractions, positive),
     st.builds(
         Length,
         st.integers(1, 10**7),
@@ -51,13 +52,23 @@ def test_settings_go_through_json_and_back(chosen):
 @given(settings, settings)
 def test_differences_name_what_differs_and_nothing_else(one, other):
     lines = difference(one.to_json(), other.to_json())
-    expected = [
+    expected = {
         f"{group.name}.{field.name}"
         for group in dataclasses.fields(Settings)
-        for field in dataclasses.fields(getattr(one, group.name))
-        if getattr(getattr(one, group.name), field.name) != getattr(getattr(other, group.name), field.name)
-    ]
-    assert [line.partition(":")[0] for line in lines] == expected
+        for side in (one, other)
+        for field in dataclasses.fields(getattr(side, group.name))
+        if getattr(getattr(one, group.name), field.name, None) != getattr(getattr(other, group.name), field.name, None)
+    }
+    if type(one.optimiser) is not type(other.optimiser):
+        expected.add("optimiser.kind")
+    assert sorted(line.partition(":")[0] for line in lines) == sorted(expected)
+
+
+def test_the_usual_kind_is_written_as_it_was_before_there_were_others():
+    assert "kind" not in Settings().to_json()["optimiser"]
+    assert Settings(optimiser=Adafactor(1e-3)).to_json()["optimiser"] == {"kind": "adafactor", **dataclasses.asdict(Adafactor(1e-3))}
+    before = {"learning_rate": 2e-4, "warmup": 500, "decay": 0.0, "weight_decay": 0.01, "clip": 1.0}
+    assert Settings.from_json({"optimiser": before}) == Settings()
 
 
 def test_a_difference_shows_both_values():
@@ -97,6 +108,9 @@ def test_what_is_left_out_has_its_default():
         ({"length": {"replay_ratio": 1.5}}, r"replay_ratio = 1.5 is out of range: need 0 < replay_ratio < 1"),
         ({"optimiser": {"learning_rate": -1}}, r"learning_rate = -1 is out of range"),
         ({"layout": {"fsdp": 0}}, r"fsdp = 0 is out of range: need fsdp ≥ 1"),
+        ({"optimiser": {"kind": "adafaktor"}}, r"settings.optimiser.kind = 'adafaktor' is not known: did you mean 'adafactor'\?"),
+        ({"optimiser": {"kind": 3}}, r"settings.optimiser.kind = '3' is not known: take one of adamw, adafactor"),
+        ({"optimiser": {"kind": "adafactor", "first_moments": "float32"}}, r"settings.optimiser = 'first_moments' is not known: take one"),
     ],
     ids=str,
 )

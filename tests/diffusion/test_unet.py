@@ -104,6 +104,20 @@ def test_initialising_at_once_has_the_law_of_initialising_one_by_one(key):
             np.testing.assert_array_equal(a, b, err_msg=str(path))
 
 
+def test_embeddings_start_as_clip_s_do(key):
+    class Table(nnx.Module):
+        def __init__(self, rngs):
+            self.first, self.second = (nnx.Embed(200, 50, rngs=rngs) for _ in range(2))
+
+    found = [np.asarray(leaf, float) for leaf in jax.tree.leaves(nnx.state(initialise(Table, key), nnx.Param))]
+    for table in found:
+        # 10,000 draws of N(0, 0.02²): mean and variance to five standard errors, and the tails that a bounded law has not.
+        assert abs(table.mean()) < 5 * 0.02 / 100
+        assert abs(table.var() / 0.02**2 - 1) < 5 * (2 / 10_000) ** 0.5
+        assert 3 * 0.02 < np.abs(table).max() < 6 * 0.02
+    assert abs(np.corrcoef(found[0].ravel(), found[1].ravel())[0, 1]) < 0.05
+
+
 def test_rematerialisation_keeps_less_for_the_backward_pass():
     def kept(remat):
         graphdef, params = nnx.split(make(TINY, remat=remat), nnx.Param)
