@@ -268,8 +268,9 @@ class StableDiffusion:
     ) -> Pictures:
         """Each image changed to fit its prompt: the last ⌊strength · steps⌋ steps, from the image's latents with the noise of the first.
 
-        Latents are the most likely ones. PNDM begins these steps as it begins all steps; diffusers mistakes them by one. The other
-        arguments and errors are as for `text_to_image`.
+        Latents are the most likely ones. PNDM begins these steps as it begins all steps; diffusers has it begin one step earlier, and from
+        the third evaluation on ask the network at the timestep after the right one. Other arguments and errors are as for
+        `text_to_image`.
 
         Args:
             strength: above 0 and at most 1.
