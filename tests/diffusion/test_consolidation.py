@@ -360,6 +360,7 @@ def test_a_run_is_held_where_the_penalty_is(ended, start):
     assert 0 < held < free / 10
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_goes_on_bit_for_bit(ended, start, tmp_path):
     stop = iter([False] * 4 + [True] * 9).__next__
     assert run(tmp_path / "run", task(start), later(), RHYTHM, stop=stop).step == 5

@@ -26,6 +26,7 @@ from diffusion.samplers import ProbabilityFlow, probability_flow
 from diffusion.schedules import CosineSchedule, LinearSchedule
 from diffusion.variational import VariationalBound
 from hopjax.correspondence import beta_at_timestep, kernel_energy, mixture_log_density, posterior_mean
+from tests.compiled import quickly
 
 # At its end α = 3e-7: there N(0, I) is off by α |x| |mean| ≈ 1e-6 nats.
 NOISY = LinearSchedule(beta_end=0.06)
@@ -62,12 +63,12 @@ FACTOR = np.random.default_rng(0).normal(size=(4, 4)) / 2
 COVARIANCE = FACTOR @ FACTOR.T
 
 
-@functools.partial(jax.jit, static_argnames=("log_density", "schedule", "start"))
+@functools.partial(quickly, static_argnames=("log_density", "schedule", "start"))
 def normal_log_density(log_density, states, keys, *, start, schedule=NOISY):
     return log_density(normal_noise(MEAN, COVARIANCE, schedule), states, schedule, keys, start=start)
 
 
-@functools.partial(jax.jit, static_argnames=("log_density", "schedule", "timestep"))
+@functools.partial(quickly, static_argnames=("log_density", "schedule", "timestep"))
 def clean_mixture(log_density, memories, clean, keys, *, timestep, schedule=NOISY):
     return clean_log_density(log_density, mixture_noise(memories, schedule), clean, schedule, keys, timestep=timestep)
 

@@ -24,6 +24,7 @@ from diffusion.samplers import (
 )
 from diffusion.schedules import CosineSchedule, LinearSchedule, Prediction
 from hopjax.correspondence import mixture_score, posterior_mean
+from tests.compiled import quickly
 
 SCHEDULE = LinearSchedule()
 DETERMINISTIC = (
@@ -53,7 +54,7 @@ def exact_noise(memories, schedule=SCHEDULE):
     return epsilon
 
 
-@functools.partial(jax.jit, static_argnames=("sampler", "start", "stop", "denoise", "schedule"))
+@functools.partial(quickly, static_argnames=("sampler", "start", "stop", "denoise", "schedule"))
 def sample(sampler, memories, noisy, key=None, schedule=SCHEDULE, **options):
     return sampler(exact_noise(memories, schedule), noisy, schedule, key=key, **options)
 

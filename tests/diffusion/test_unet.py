@@ -15,6 +15,7 @@ from diffusion.config import PRESETS, UNetConfig
 from diffusion.layers import Attention, GroupNorm, ResnetBlock, dropout, initialise
 from diffusion.unet import DownBlock, UNet, parameter_count
 from diffusion.weights import read_unet
+from tests.compiled import quickly
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = UNetConfig(
@@ -29,7 +30,7 @@ TINY = UNetConfig(
 )
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(quickly, static_argnums=0)
 def apply(graphdef, params, image, timestep, key=None):
     return nnx.merge(graphdef, params)(image, timestep, key)
 
@@ -144,7 +145,7 @@ def test_rematerialisation_changes_no_gradient(key):
         def loss(p, graphdef=graphdef):
             return jnp.sum(jnp.square(nnx.merge(graphdef, p)(image, embedding, iter([key]))[0]))
 
-        gradients.append(jax.tree.leaves(jax.jit(jax.grad(loss))(params)))
+        gradients.append(jax.tree.leaves(quickly(jax.grad(loss))(params)))
     for a, b in zip(*gradients, strict=True):  # the same sums, perhaps in another order
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 

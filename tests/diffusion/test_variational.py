@@ -15,6 +15,7 @@ from diffusion.samplers import Ancestral, uniform_log_snr, uniform_timesteps
 from diffusion.schedules import LinearSchedule
 from diffusion.variational import VariationalBound
 from hopjax.correspondence import beta_at_timestep, kernel_energy, posterior_mean
+from tests.compiled import quickly
 
 SCHEDULE = LinearSchedule()
 # At its end α = 3e-7: there N(0, I) is off by α |x| |mean| ≈ 1e-6 nats.
@@ -31,12 +32,12 @@ def normal_noise(mean, width, schedule=SCHEDULE):
     return epsilon
 
 
-@functools.partial(jax.jit, static_argnames=("bound", "start", "mean", "width", "schedule"))
+@functools.partial(quickly, static_argnames=("bound", "start", "mean", "width", "schedule"))
 def normal_bound(bound, states, keys, *, start, mean, width, schedule=SCHEDULE):
     return bound(normal_noise(mean, width, schedule), states, schedule, keys, start=start)
 
 
-@functools.partial(jax.jit, static_argnames=("bound", "timestep", "schedule"))
+@functools.partial(quickly, static_argnames=("bound", "timestep", "schedule"))
 def mixture_bound(bound, memories, clean, keys, *, timestep, schedule=NOISY):
     def epsilon(noisy, t):
         alpha, sigma = schedule.alpha_sigma(t)

@@ -238,6 +238,7 @@ def test_the_default_start_finds_well_separated_memories(key):
         assert np.max(np.abs(matched(best, np.asarray(true)) - true)) < 10 * (4000 / 6 * beta) ** -0.5
 
 
+@pytest.mark.slow
 def test_the_estimator_keeps_the_best_of_its_starts(key):
     """Twenty separate memories: starts end in different local maxima, a tenth of a nat a sample apart."""
     samples = draw(key, cluster.memories(19, 24, 0.35), 30.0)

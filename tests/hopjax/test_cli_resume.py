@@ -176,6 +176,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_blocks(monkeypatch, capsys):
     assert not Path("t.npz.partial").exists()
 
 
+@pytest.mark.slow
 def test_killed_and_interrupted_processes_go_on(tmp_path):
     np.save(tmp_path / "data.npy", np.random.default_rng(1).integers(0, 256, (6000, 8, 8, 1), dtype=np.uint8))
     # A small limit makes many blocks.

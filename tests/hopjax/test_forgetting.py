@@ -155,8 +155,13 @@ def test_second_order_without_the_gradient_is_wrong_off_a_fixed_point_and_right_
 @pytest.mark.parametrize(
     ("which", "count", "law"),
     [
-        *((which, count, PlanarLaw()) for which, count in (("plane", 1), ("plane", 5), ("space", 2), ("space", 4))),
-        *((which, count, DenseLaw()) for which, count in (("plane", 5), ("space", 2))),
+        ("plane", 1, PlanarLaw()),
+        ("space", 4, PlanarLaw()),
+        ("space", 2, DenseLaw()),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("plane", 5, PlanarLaw()), ("space", 2, PlanarLaw()), ("plane", 5, DenseLaw()))
+        ),
     ],
 )
 def test_estimates_are_unbiased(key, which, count, law):
@@ -319,6 +324,7 @@ def test_memory_in_a_million_dimensions():
     assert analysis.temp_size_in_bytes <= 5 * 8 * count * dim  # a few copies of the memories, for their QR decomposition
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_by_the_batch():
     state, memories = jax.ShapeDtypeStruct((30,), np.float64), jax.ShapeDtypeStruct((13, 30), np.float64)
 

@@ -164,7 +164,7 @@ def test_versines_keep_their_relative_accuracy(key, dim, epsilon):
         assert abs(mpf(float(sine)) - length) <= 128 * EPS * bound * max(length, mpf(0.01) * bound * epsilon)
 
 
-@pytest.mark.parametrize(("dim", "epsilon"), [(1000, 0.01), (64, 0.2)])
+@pytest.mark.parametrize(("dim", "epsilon"), [(1000, 0.01), pytest.param(64, 0.2, marks=pytest.mark.slow)])
 def test_more_lanczos_vectors_change_nothing(key, dim, epsilon):
     keys, size = jax.random.split(key, 50), lanczos_size(dim, epsilon, 1.0)
     assert size < dim
@@ -220,7 +220,11 @@ def setting(name):
     return memories, state, epsilon
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+# Those that are quickest to tell the laws apart stand for the others in the fast tests.
+FEW = ("fewer", "more", "plane")
+
+
+@pytest.mark.parametrize("name", [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in SETTINGS])
 def test_the_two_laws_agree(key, name):
     memories, state, epsilon = setting(name)
 
