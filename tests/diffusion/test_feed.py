@@ -165,3 +165,19 @@ def test_feeding_costs_little():
         seconds.append(time.perf_counter() - start)
     assert np.median(seconds) < 0.02 * 0.1
     assert np.mean(seconds) < 0.02 * 0.1  # with the order of a new epoch
+
+
+def test_trees_of_arrays_are_fed_row_by_row(unchecked):
+    """As if each array were alone."""
+    trees = [{"a": images(n, first), "b": (np.arange(n, dtype=np.float32) + first,), "c": None} for n, first in ((40, 0), (9, 1000))]
+    feed = Feed(trees[0], 7, 3, trees[1], 0.3)
+    assert (feed.new, feed.replayed) == (40, 17)
+    alone = Feed(images(40), 7, 3, images(9, 1000), 0.3)
+    for number in (0, 5, 31):
+        batch = feed.batch(number)
+        np.testing.assert_array_equal(batch["a"], alone.batch(number))
+        np.testing.assert_array_equal(batch["b"][0], numbers(batch["a"]))
+        assert batch["c"] is None
+        assert {"a": batch["a"].dtype, "b": batch["b"][0].dtype} == {"a": np.uint8, "b": np.float32}
+    with pytest.raises(ValueError, match=r"replayed images are uint8 \(2, 2, 2\), float64 \(\), new ones uint8 .*: they must be alike"):
+        Feed(trees[0], 7, 3, {**trees[1], "b": (trees[1]["b"][0].astype(float),)})

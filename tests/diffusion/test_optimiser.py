@@ -232,4 +232,4 @@ def test_adafactor_warms_up_and_decays_as_adamw_does(unchecked):
     with pytest.raises(ValueError, match=r"^clip = 0 is out of range: need 0 < clip < ∞$"):
         Adafactor(clip=0)
     with pytest.raises(ValueError, match=r"^first_moments = 'float16' is not known: take float32 or bfloat16$"):
-        AdamW(**{"first_moments": "float16"})
+        AdamW(first_moments="float16")  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
 """The training loop: what it learns against closed forms, bit-for-bit repetition, what it says of itself, and how it stops."""
 
+import dataclasses
 import functools
 
 import jax
@@ -166,6 +167,18 @@ def test_a_step_takes_the_memory_of_the_state_over_and_of_nothing_else():
     assert not {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(params)} & {
         leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(second)
     }
+
+
+def test_without_an_average_there_is_none_in_memory_and_training_is_the_same():
+    program, _, params = made()
+    bare = dataclasses.replace(program, ema=0.0)
+    step, feed = bare.compile(bare.abstract(params), digits()[:30]), Feed(digits(), 30)
+    (end,) = train(bare.initial(params), step, feed, key=jax.random.key(7), mesh=bare.mesh, steps=4, pauses=[10**9])
+    *_, with_one = pauses(feed, 600, stop=iter([False] * 3 + [True]).__next__)
+    assert end.state.ema is None
+    assert bare.averaged(end.state) is end.state.params
+    assert program.averaged(with_one.state) is with_one.state.ema
+    same(end.state.params, with_one.state.params)
 
 
 def test_every_step_has_noise_of_its_own():

@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +15,7 @@ from flax import nnx
 
 from diffusion.assess import Bits, assess
 from diffusion.checkpoint import Checkpoints
+from diffusion.continual import Experiment
 from diffusion.feed import Feed
 from diffusion.layout import Layout
 from diffusion.learner import UNetLearner
@@ -19,7 +24,7 @@ from diffusion.objective import Denoising
 from diffusion.optimiser import Adafactor, AdamW
 from diffusion.pipeline import Model
 from diffusion.pixels import to_bytes
-from diffusion.protocol import Densities
+from diffusion.protocol import Densities, Learner, Plan
 from diffusion.run import CHECKPOINTS, MODEL, RUN, Rhythm, RunError, Task, abstract_of, program_of, read_model, run
 from diffusion.schedules import LinearSchedule
 from diffusion.settings import Length, Network, Noise, Settings
@@ -28,10 +33,17 @@ from diffusion.stable.latents import Latents, LatentSpace
 from diffusion.stable.pipeline import StableDiffusion
 from diffusion.stable.unet import UNet2DCondition
 from diffusion.train import Program, train
+from hopjax.cli import buffer
+from hopjax.cli.options import Choice, Machine, Reading, Temperature
+from hopjax.cli.options import Model as Priors
+from hopjax.cli.progress import Screen
+from hopjax.cli.survey import survey
+from hopjax.cli.tasks import load
 from tests.diffusion.stable.tiny import AUTOENCODER, CLASSES, UNET, stable, stripes
 from tests.diffusion.tiny import bits
 
 pytestmark = pytest.mark.usefixtures("as_run")
+ROOT = Path(__file__).parents[3]
 SETTINGS = Settings(Network(remat=True), Noise("scaled-linear"), Adafactor(1e-2, warmup=1), Length(steps=6, batch_size=8, ema=0.0, seed=3))
 
 
@@ -282,3 +294,100 @@ def test_densities_of_latents_fall_by_what_the_network_says(model, tmp_path):
         # One part in 80 of the bound's is the signal that is left at T.
         np.testing.assert_allclose(found.mean - found.mean[0], expected - expected[0], rtol=0, atol=0.02 * np.ptp(expected))
         assert np.ptp(expected) > 1
+
+
+# ---- Many devices, and the whole protocol --------------------------------------------------------------------------------
+
+SHARDED = """
+    import json, sys
+    import jax, numpy as np
+    jax.config.update("jax_num_cpu_devices", 8)
+    from flax import nnx
+    from diffusion import layout
+    from diffusion.feed import Feed
+    from diffusion.layout import Layout
+    from diffusion.objective import Denoising
+    from diffusion.optimiser import Adafactor, AdamW
+    from diffusion.plan import memory
+    from diffusion.schedules import ScaledLinearSchedule
+    from diffusion.stable.fine_tuning import fine_tuned
+    from diffusion.train import Program, train
+    from tests.diffusion.stable.tiny import CLASSES, stable, stripes
+
+    layout.WHOLE_BELOW = 64
+    model = fine_tuned(stable(jax.random.key(0)), sys.argv[1], classes=CLASSES)
+    graphdef, params = nnx.split(model.unet, nnx.Param)
+    feed = Feed(model.batch(stripes(32), pixels=False), 16)
+    one = jax.make_mesh((1, 1), ("replicas", "fsdp"), devices=jax.devices()[:1], axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    found = []
+    adam = AdamW(1e-2, warmup=2)
+    for mesh, optimiser in ((one, adam), (Layout(2, 4).mesh(), adam), (Layout(1, 8).mesh(), Adafactor(1e-2))):
+        program = Program(graphdef, model.objective, optimiser, 4, 0.0, mesh, space=model.space)
+        step = program.compile(program.abstract(params), feed.batch(0))
+        (pause,) = train(program.initial(params), step, feed, key=jax.random.key(1), mesh=mesh, steps=4, pauses=[10**9])
+        leaves = jax.tree.leaves(pause.state.params)
+        shares = sum(leaf.addressable_shards[0].data.size for leaf in leaves) / sum(leaf.size for leaf in leaves)
+        parts, _ = memory(program, params, feed.batch(0))
+        found.append([[float(one.loss) for one in pause.measured], shares, parts])
+    print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_one_and_eight_devices_have_the_same_losses_and_a_share_of_the_parameters(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(SHARDED), str(tmp_path)], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, both, eight = json.loads(done.stdout.splitlines()[-1])
+    # Sums in another order, in float32, through four steps; Adam divides by |g| where that is rounding alone.
+    np.testing.assert_allclose(both[0], one[0], rtol=1e-4)
+    np.testing.assert_allclose(eight[0][0], one[0][0], rtol=1e-5)  # before the first step the optimiser does not matter
+    assert one[1] == 1
+    assert 1 / 4 <= both[1] < 0.3
+    assert 1 / 8 <= eight[1] < 0.2
+    for (_, share, parts), moments in ((one, 2), (both, 2)):
+        assert parts["parameters"] == pytest.approx(share * one[2]["parameters"])
+        assert parts["optimiser"] == pytest.approx(moments * parts["parameters"], abs=10)
+    assert both[2]["frozen"] < 0.5 * one[2]["frozen"]
+
+
+@pytest.mark.slow
+def test_the_whole_protocol_runs_in_latents_and_goes_on(pipeline, tmp_path):
+    """Two tasks, turned by 90°, under replay, generative replay and elastic weight consolidation; a second call computes nothing."""
+    images = stripes(40)
+    np.savez(tmp_path / "stripes.npz", images=images.pixels, labels=images.labels)
+    tasks = load(str(tmp_path / "stripes.npz"), Choice(rotate=90.0), Reading())
+    energies = survey("energies", tasks, Temperature(perplexity=3.0), Priors(), "paper", Machine(), tmp_path / "e.npz", Screen())
+    settings = dataclasses.replace(SETTINGS, optimiser=AdamW(2e-3, 2), length=Length(12, 8, 0.5))
+    base = fine_tuned(pipeline, tmp_path / "latents", classes=("0", "1"))
+    densities = Densities(5, 400, draws=2, steps=4, probes=2, tolerance=0.1)
+    plan = Plan(("none", "high", "generative", "ewc"), 6, (0,), 10, later=5, generated=8, densities=densities)
+    before = nnx.state(pipeline.unet, nnx.Param)
+    held = bits(before)
+
+    def choose(found, policy, size, seed):
+        return buffer.choose(found, policy, size, seed, Screen())
+
+    def experiment():
+        made = UNetLearner(tmp_path, settings, settings, Rhythm(sample_every=0), base=base, batch=8)
+        assert isinstance(made, Learner)
+        assert tasks.task2 is not None
+        return Experiment(tmp_path, [tasks.task1, tasks.task2], made, plan, [energies], choose).run()
+
+    found = experiment()
+    assert bits(nnx.state(pipeline.unet, nnx.Param)) == held  # what was started from is as it was
+    table = found.samples
+    for policy in ("before", *plan.policies):
+        assert np.isfinite(table[f"{policy}@500"]).all()
+        # Of pixels from −1 to 1.
+        assert 0 < table[f"{policy}@500"].mean() < 4
+        assert found.sheets[f"0.{policy}"].shape == (8, 8, 8, 3)
+    assert len({float(table[f"{policy}@500"].mean()) for policy in ("before", *plan.policies)}) == 5
+    assert np.isfinite(table["bound.none@400"]).sum() == np.isfinite(table["flow.none@400"]).sum() == 5
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("learner.run", "learner.assess", "learner.generate"):
+            patch.setattr(f"diffusion.{name}", None)
+        again = experiment()
+    for name in table.columns:
+        np.testing.assert_array_equal(again.samples[name], table[name])
