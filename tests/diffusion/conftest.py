@@ -14,6 +14,12 @@ if "diffusion" in sys.modules:  # its annotations would go unchecked, silently
 
 jaxtyping.install_import_hook("diffusion", "beartype.beartype")
 
+from diffusion import backend  # noqa: E402 (now that its annotations are checked)
+from tests.compiled import OPTIONS  # noqa: E402
+
+# Before any program is made: those of the library compile in less time, too, but for those of other processes.
+backend._CPU_OPTIONS.update(OPTIONS)
+
 
 @pytest.fixture
 def unchecked() -> Iterator[None]:

@@ -127,7 +127,7 @@ def test_what_is_there_is_not_computed_again(monkeypatch):
         (["--density-policies", "joint"], "densities.policies = 'joint' is not among policies"),
         (["--measures", "exact"], "densities.measures = 'exact' is not known"),
         (["nowhere.npz"], "nowhere.npz: does not exist"),
-        (["--steps2", "7", "--out", "run"], "run/seed0/none holds a run with other settings: settings.length.steps: 6, now 7"),
+        ([*OPTIONS, "--steps2", "7", "--out", "run"], "run/seed0/none holds a run with other settings: settings.length.steps: 6, now 7"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
