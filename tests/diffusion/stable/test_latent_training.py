@@ -315,7 +315,7 @@ SHARDED = """
     from tests.diffusion.stable.tiny import CLASSES, stable, stripes
 
     layout.WHOLE_BELOW = 64
-    model = fine_tuned(stable(jax.random.key(0)), sys.argv[1], classes=CLASSES)
+    model = fine_tuned(stable(jax.random.key(0)), sys.argv[1], classes=CLASSES, prompt="{label}")
     graphdef, params = nnx.split(model.unet, nnx.Param)
     feed = Feed(model.batch(stripes(32), pixels=False), 16)
     one = jax.make_mesh((1, 1), ("replicas", "fsdp"), devices=jax.devices()[:1], axis_types=(jax.sharding.AxisType.Auto,) * 2)
@@ -344,8 +344,9 @@ def test_one_and_eight_devices_have_the_same_losses_and_a_share_of_the_parameter
     np.testing.assert_allclose(both[0], one[0], rtol=1e-4)
     np.testing.assert_allclose(eight[0][0], one[0][0], rtol=1e-5)  # before the first step the optimiser does not matter
     assert one[1] == 1
-    assert 1 / 4 <= both[1] < 0.3
-    assert 1 / 8 <= eight[1] < 0.2
+    # In networks as small as this much is too small to be split.
+    assert 1 / 4 <= both[1] < 0.35
+    assert 1 / 8 <= eight[1] < 0.25
     for (_, share, parts), moments in ((one, 2), (both, 2)):
         assert parts["parameters"] == pytest.approx(share * one[2]["parameters"])
         assert parts["optimiser"] == pytest.approx(moments * parts["parameters"], abs=10)
@@ -360,7 +361,7 @@ def test_the_whole_protocol_runs_in_latents_and_goes_on(pipeline, tmp_path):
     tasks = load(str(tmp_path / "stripes.npz"), Choice(rotate=90.0), Reading())
     energies = survey("energies", tasks, Temperature(perplexity=3.0), Priors(), "paper", Machine(), tmp_path / "e.npz", Screen())
     settings = dataclasses.replace(SETTINGS, optimiser=AdamW(2e-3, 2), length=Length(12, 8, 0.5))
-    base = fine_tuned(pipeline, tmp_path / "latents", classes=("0", "1"))
+    base = fine_tuned(pipeline, tmp_path / "latents", classes=("0", "1"), prompt="{label}")
     densities = Densities(5, 400, draws=2, steps=4, probes=2, tolerance=0.1)
     plan = Plan(("none", "high", "generative", "ewc"), 6, (0,), 10, later=5, generated=8, densities=densities)
     before = nnx.state(pipeline.unet, nnx.Param)
