@@ -206,7 +206,7 @@ class TextEncoder(nnx.Module):
     """Vectors for the tokens of a prompt.
 
     Parameters are float32. `dtype` is that of the computation; normalisations and softmax are float32 at least whatever it is, and so
-    is the output. `diffusion.layers.initialise` knows no embeddings and leaves them zero.
+    is the output.
     """
 
     def __init__(self, config: CLIPTextConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
