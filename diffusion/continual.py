@@ -60,7 +60,8 @@ class Measured(NamedTuple):
 
     Attributes:
         samples: a row for each measured sample of Task 1 and seed. Columns: seed, place (in Task 1), index (in the data), label, energy,
-            odds (falls as the energy rises, and keeps its digits), sharpness, rise (predicted), perturbation (Eq. (84)), energy@β for
+            odds (falls as the energy rises, and keeps its digits), energy.latent and odds.latent (of its latents among those of Task 1,
+            where there are any), sharpness, rise (predicted), perturbation (Eq. (84)), energy@β for
             further β, png_bytes and total_variation (of the image); for each timestep t: before@t and control@t (errors before Task 2,
             from independent noise), and POLICY@t (after the last task, from the noise of before@t); for the timestep u of densities:
             MEASURE.POLICY@u and MEASURE.POLICY.error@u, intrinsic forgetting ΔE and its standard error, NaN where it was not measured.
@@ -84,6 +85,8 @@ class Experiment(Generic[Model]):
         tasks: two or more, of which the first is the one that is forgotten.
         surveys: of every task but the last, from `hopjax.cli.survey`: energies and landscape.
         choose: rows of a survey's table for a policy of `python -m hopjax buffer`, a size and a seed.
+        latents: a survey of the latents of the first task, whose energies are listed beside those of the images; None for none. All that
+            is chosen is chosen by the images'.
 
     Raises: ValueError for one task, and for a buffer that a task cannot fill.
     """
@@ -96,6 +99,8 @@ class Experiment(Generic[Model]):
         plan: Plan,
         surveys: Sequence[Survey],
         choose: Callable[[Survey, str, int, int], Int64[np.ndarray, " k"]],
+        *,
+        latents: Survey | None = None,
     ) -> None:
         if len(tasks) < 2 or len(surveys) != len(tasks) - 1:
             raise ValueError(f"{len(tasks)} tasks with {len(surveys)} surveys: need two tasks or more, and a survey of all but the last")
@@ -104,17 +109,14 @@ class Experiment(Generic[Model]):
                 raise ValueError(f"buffer = {plan.buffer} is out of range: Task {number} has {len(task)} samples")
         self.stages = Stages(folder / "stages")
         self.tasks, self.learner, self.plan, self.surveys, self.choose = tuple(tasks), learner, plan, tuple(surveys), choose
+        self.latents = latents
 
     def measured_rows(self, count: int | None = None) -> Int64[np.ndarray, " k"]:
         """Samples equally spaced in the order of energies, both ends among them, in the order of the data."""
-        order = np.argsort(self._odds(), kind="stable")
+        order = np.argsort(_odds(self.surveys[0]), kind="stable")
         count = self.plan.samples if count is None else count
         count = len(order) if count is None else min(count, len(order))
         return np.sort(order[_spaced(len(order), count)])
-
-    def _odds(self) -> Float[np.ndarray, " n"]:
-        table = self.surveys[0].table
-        return table["log_leakage"].astype(np.float64) - table["log_self_weight"]
 
     def buffer(self, policy: str, seed: int, task: int = 0) -> Int64[np.ndarray, " k"]:
         """The rows of a task that a policy replays."""
@@ -282,7 +284,10 @@ class Experiment(Generic[Model]):
                 return summarise(states, memories, beta, ["energy"], own=rows)
 
             found[f"energy@{beta:g}"] = self.stages.get("energy", inputs | {"beta": beta}, at)["energy"].astype(np.float64)
-        return found | {"odds": self._odds()[rows], "png_bytes": png_bytes(pixels), "total_variation": total_variation(pixels)}
+        if self.latents is not None:
+            found["energy.latent"] = self.latents.table["energy"][rows].astype(np.float64)
+            found["odds.latent"] = _odds(self.latents)[rows]
+        return found | {"odds": _odds(survey)[rows], "png_bytes": png_bytes(pixels), "total_variation": total_variation(pixels)}
 
     def _of_lesson(self, lesson: Lesson, seed: int, rows: Int64[np.ndarray, " k"], watch: Watch) -> Columns:
         """Errors of Task 1's samples."""
@@ -318,7 +323,7 @@ class Experiment(Generic[Model]):
         found: Columns = {}
         if how is None or lesson.policy not in (BEFORE, *how.policies):
             return found
-        order = np.argsort(self._odds()[rows], kind="stable")
+        order = np.argsort(_odds(self.surveys[0])[rows], kind="stable")
         chosen = np.sort(order[_spaced(len(order), min(how.samples, len(order)))])
         images = self.tasks[0].take(rows[chosen])
         for measure in how.measures:
@@ -333,6 +338,10 @@ class Experiment(Generic[Model]):
                 column[chosen] = np.asarray(values)
                 found[f"{measure}.{lesson.policy}{name}@{how.timestep}"] = column
         return found
+
+
+def _odds(survey: Survey) -> Float[np.ndarray, " n"]:
+    return survey.table["log_leakage"].astype(np.float64) - survey.table["log_self_weight"]
 
 
 def _spaced(length: int, count: int) -> Int64[np.ndarray, " k"]:

@@ -89,8 +89,9 @@ def findings(
         interval: of means of samples; its level is that of all intervals.
 
     Returns: `timesteps`, for each timestep of the plan, the main one first; of the main one `predictors` of the rise, and, where the
-        tables have them, `sharpness`, `intrinsic` (changes of log density), `tasks` and `generated`. `conclusive` is false, for
-        `reasons`, if nothing was forgotten without replay, or if a model of Task 1 was no good to begin with.
+        tables have them, `latents` (their energies against those of the images), `sharpness`, `intrinsic` (changes of log density),
+        `tasks` and `generated`. `conclusive` is false, for `reasons`, if nothing was forgotten without replay, or if a model of Task 1
+        was no good to begin with.
 
     Raises: ValueError as `statistics` does, for too few samples or energies that are all alike.
     """
@@ -104,6 +105,9 @@ def findings(
         "timesteps": {str(timestep): _at(seeds_of(samples, timestep), bins, interval) for timestep in plan["timesteps"]},
         "predictors": {name: _correlate(seeds, of, Seed.rise, interval.level) for name, of in _predictors(seeds[0]).items()},
     }
+    if "odds.latent" in samples:
+        both = _correlate(seeds, lambda seed: seed.energy, lambda seed: -seed.columns["odds.latent"], interval.level)
+        found["latents"] = {"energy and energy of latents": both}
     if "perturbation" in samples:
         found["sharpness"] = _sharpness(seeds, bins, interval)
     if plan.get("densities"):
@@ -200,6 +204,8 @@ def _predictors(seed: Seed) -> dict[str, Callable[[Seed], Column]]:
     named |= {f"energy at β = {name.partition('@')[2]}": name for name in seed.columns if name.startswith("energy@")}
     named |= {"bytes as PNG": "png_bytes", "total variation": "total_variation"}
     found: dict[str, Callable[[Seed], Column]] = {"energy": lambda seed: seed.energy}
+    if "odds.latent" in seed.columns:
+        found["energy of latents"] = lambda seed: -seed.columns["odds.latent"]
     for words, name in named.items():
         if name in seed.columns:
             found[words] = lambda seed, name=name: seed.columns[name]  # type: ignore[misc]

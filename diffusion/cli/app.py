@@ -5,6 +5,7 @@ from cyclopts import App
 from diffusion.cli.experiment import report, run, trial_table
 from diffusion.cli.measure import judge, likelihood, reconstruct
 from diffusion.cli.models import export, import_, sample
+from diffusion.cli.stable import train_vae
 from diffusion.cli.train import preset_table, presets, train
 
 app = App(
@@ -26,6 +27,7 @@ the same command then goes on where it stopped.
 app.command(train, help_epilogue=f"What the presets set; everything else has the default shown:\n\n{preset_table()}")
 app.command(run, help_epilogue=f"The presets:\n\n{trial_table()}")
 app.command(report)
+app.command(train_vae)
 app.command(sample)
 app.command(reconstruct)
 app.command(likelihood)

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,15 +14,17 @@ import numpy as np
 from cyclopts import Parameter
 
 from diffusion.cli.options import Device, configure, explained
+from diffusion.cli.stable import made
 from diffusion.cli.watching import interruption, watching
 from diffusion.run import Rhythm
 from diffusion.settings import Settings
-from diffusion.trials import TRIALS
+from diffusion.trials import TRIALS, Trial
 from hopjax.cli.options import BufferSize, Choice, Machine, Model, Reading, Temperature, UsageError, need
 from hopjax.cli.output import check_writable, write
 from hopjax.cli.progress import Screen
 
 if TYPE_CHECKING:
+    from diffusion.pipeline import Model as Base
     from diffusion.protocol import Plan
     from hopjax.cli.table import Table
     from hopjax.data import Images
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 Number = TypeVar("Number", int, float)
 TABLE, TASKS, GENERATED, SHEETS = "samples.parquet", "tasks.parquet", "generated.parquet", "generated.npz"
 FINDINGS, PAGE, ENERGIES = "findings.json", "report.html", "energies.parquet"
+PIPELINE, LATENTS, LATENT_ENERGIES = "pipeline", "latents", "energies-latent.parquet"
 
 
 @Parameter(name="*", group="Changes of log density")
@@ -83,7 +87,15 @@ def run(
     data: Annotated[str | None, Parameter(help="Images, as for `python -m hopjax` (default: the preset's).")] = None,
     /,
     *,
-    preset: Annotated[Literal["quick", "cpu-mnist", "paper-mnist", "paper-cifar10"], Parameter(help="See below.")] = "quick",
+    preset: Annotated[
+        Literal["quick", "cpu-mnist", "paper-mnist", "paper-cifar10", "sd-tiny", "paper-sd"], Parameter(help="See below.")
+    ] = "quick",
+    weights: Annotated[
+        str | None,
+        Parameter(
+            help="Of sd-tiny and paper-sd: folder of a Stable Diffusion, or its name on the hub (default of sd-tiny: made of the data)."
+        ),
+    ] = None,
     out: Annotated[Path | None, Parameter(help="Folder of the experiment (default: results/continual-PRESET).")] = None,
     policies: Annotated[
         str, Parameter(help="Ways of learning Task 2: none, high, random, low, stratified, coverage, generative, ewc, joint, continued.")
@@ -124,6 +136,10 @@ def run(
     data = data or trial.data
     if data is None:
         raise UsageError(f"--preset {preset} needs DATA: name the images")
+    if trial.weights == "given" and weights is None:
+        raise UsageError(f"--preset {preset} needs --weights: name the folder of a Stable Diffusion")
+    if trial.weights == "none" and weights is not None:
+        raise UsageError(f"--weights {weights}: --preset {preset} learns pixels, from nothing; take --preset sd-tiny or paper-sd")
     if not (choice.task2 or choice.task2_classes or choice.rotate is not None):
         choice = dataclasses.replace(choice, rotate=trial.rotate, task2_classes=trial.task2_classes)
     if reading.size is None and trial.size is not None:
@@ -144,6 +160,7 @@ def run(
     from diffusion.continual import Experiment
     from diffusion.learner import UNetLearner, Unfinished
     from diffusion.protocol import Plan
+    from diffusion.run import Task, config_of
     from hopjax.cli import table
     from hopjax.cli.buffer import choose
     from hopjax.cli.survey import Survey, survey
@@ -169,17 +186,27 @@ def run(
             densities=density.plan(trial.densities),
         )
         first, later = _steps(trial.first, steps1), _steps(trial.later, steps2)
-        if dry_run:
-            return _plan(lessons, plan, first, later, screen)
+        with interruption() as stop:
+            if dry_run:
+                return _dry_run(trial, weights, lessons, plan, first, later, screen, stop)
+            base = _base(trial, weights, out, lessons, screen, stop)
+        if base is not None:
+            config_of(Task(lessons[0], start=base), first)  # what does not fit is said before anything is computed
 
         def surveyed(number: int) -> Survey:
             file = out / (ENERGIES if number == 1 else f"energies-{number}.parquet")
             found = read if number == 1 else Tasks(lessons[number - 1], np.arange(len(lessons[number - 1])), None, read.read)
-            made = survey("energies", found, temperature, model, "paper", Machine(), file, screen)
-            table.write(file, made.table)
-            return made
+            result = survey("energies", found, temperature, model, "paper", Machine(), file, screen)
+            table.write(file, result.table)
+            return result
 
         surveys = [surveyed(number) for number in range(1, tasks)]
+        latents = None
+        if base is not None:
+            file = out / LATENT_ENERGIES
+            encoded = dataclasses.replace(read, task1=_latents(base, read.task1, screen), task2=None)
+            latents = survey("energies", encoded, temperature, model, "paper", Machine(), file, screen)
+            table.write(file, latents.table)
         rhythm = Rhythm(save_every=save_every, sample_every=0)
         with interruption() as stop:
 
@@ -187,13 +214,13 @@ def run(
                 return watching(screen, settings, name)
 
             held = STRENGTH if strength is None else strength
-            learner = UNetLearner(out, first, later, rhythm, strength=held, watch=watch, stop=stop)
+            learner = UNetLearner(out, first, later, rhythm, base, strength=held, watch=watch, stop=stop)
 
             def rows(found: Survey, policy: str, size: int, seed: int) -> np.ndarray:
                 return choose(found, policy, size, seed, screen)
 
             try:
-                measured = Experiment(out, lessons, learner, plan, surveys, rows).run(stages(screen, stop))
+                measured = Experiment(out, lessons, learner, plan, surveys, rows, latents=latents).run(stages(screen, stop))
             except Unfinished as unfinished:
                 raise KeyboardInterrupt(f"{unfinished}; the same command goes on from there") from None
     learning = {"learning": {"first": first.to_json(), "later": later.to_json()}}
@@ -203,8 +230,8 @@ def run(
     sheets = io.BytesIO()
     np.savez_compressed(sheets, **measured.sheets)  # type: ignore[arg-type]
     write(out / SHEETS, sheets.getvalue())
-    for made in surveys:
-        made.partial.discard()
+    for each in surveys if latents is None else [*surveys, latents]:
+        each.partial.discard()
     return _report(out, read.task1, screen)
 
 
@@ -228,14 +255,68 @@ def stages(screen: Screen, stop: Callable[[], bool]) -> Any:
     return watch
 
 
-def _plan(lessons: "Sequence[Images]", plan: "Plan", first: Settings, later: Settings, screen: Screen) -> int:
+def _base(
+    trial: Trial, weights: str | None, out: Path, lessons: "Sequence[Images]", screen: Screen, stop: Callable[[], bool]
+) -> "Base | None":
+    """What Task 1 starts from; None for random parameters. A pipeline that is made is made of the images of all tasks."""
+    if trial.weights == "none":
+        return None
+    from diffusion.stable import miniature
+    from diffusion.stable.fine_tuning import fine_tuned
+    from diffusion.stable.pipeline import StableDiffusion
+
+    if weights is not None:
+        with screen.working(f"reading {weights}"):
+            pipeline = StableDiffusion.from_folder(weights)
+    else:
+        whole = dataclasses.replace(lessons[0], pixels=np.concatenate([task.pixels for task in lessons]), labels=None)
+        pipeline = made(out / PIPELINE, whole, miniature.SMALL_PIPELINE, screen, stop)
+    return fine_tuned(pipeline, out / LATENTS)
+
+
+def _latents(base: Any, images: "Images", screen: Screen) -> "Images":
+    """The most likely latents of images, as the network sees them, in the place of their pixels."""
+    with screen.counting("latents", len(images), 0, unit="images") as tell:
+        batch = base.batch(images, pixels=False, progress=tell)
+    latents = np.asarray(base.space.clean(batch), np.float32)
+    return dataclasses.replace(images, pixels=latents, source=f"latents of {images.source}")
+
+
+def _dry_run(
+    trial: Trial,
+    weights: str | None,
+    lessons: "Sequence[Images]",
+    plan: "Plan",
+    first: Settings,
+    later: Settings,
+    screen: Screen,
+    stop: Callable[[], bool],
+) -> int:
+    """Of a network whose weights are given, nothing is allocated and nothing timed."""
+    if trial.weights == "none":
+        return _plan(lessons, None, plan, first, later, screen)
+    from diffusion.stable import miniature
+    from diffusion.stable.fine_tuning import fine_tuned
+    from diffusion.stable.pipeline import StableDiffusion
+
+    small = miniature.SMALL_PIPELINE
+    with tempfile.TemporaryDirectory() as folder:
+        pipeline = small.untrained() if weights is None else StableDiffusion.from_folder(weights, abstract_unet=True)
+        return _plan(lessons, fine_tuned(pipeline, folder), plan, first, later, screen, timed=weights is None)
+
+
+def _plan(
+    lessons: "Sequence[Images]", base: "Base | None", plan: "Plan", first: Settings, later: Settings, screen: Screen, *, timed: bool = True
+) -> int:
     from diffusion.plan import plan as measure
     from diffusion.reconstruct import STEPS
     from diffusion.run import Task
     from hopjax.cli.progress import duration
 
     with screen.working("compiling and timing a few steps"):
-        found = measure(Task(lessons[0]), first)
+        # Of latents a batch will do: an autoencoder takes its time.
+        images = lessons[0] if base is None else lessons[0].take(np.arange(min(len(lessons[0]), first.length.batch_size)))
+        found = measure(Task(images, start=base), first, timed=timed)
     seeds, policies, further = len(plan.seeds), len(plan.policies), len(lessons) - 1
     steps = seeds * (first.length.steps + policies * further * later.length.steps)
     measured = min(plan.samples or len(lessons[0]), len(lessons[0]))
@@ -252,13 +333,18 @@ def _plan(lessons: "Sequence[Images]", plan: "Plan", first: Settings, later: Set
     }
     # A step is about three evaluations of a batch.
     seconds = found.step_seconds / found.batch_size / 3
+
+    def about(length: float) -> str:
+        return f", about {duration(length)}" if timed else ""
+
     screen.say(f"parameters: {found.parameters:,}")
     screen.say("memory of a device: " + ", ".join(f"{kind} {count / 2**20:,.1f} MiB" for kind, count in found.bytes.items()))
-    screen.say(f"learning: {steps:,} steps of {found.batch_size} images, about {duration(steps * found.step_seconds)}")
+    screen.say(f"learning: {steps:,} steps of {found.batch_size} images{about(steps * found.step_seconds)}")
     for what, count in evaluations.items():
         if count:
-            screen.say(f"{what}: {count:,} evaluations of the network, about {duration(count * seconds)}")
-    screen.say(f"in all: about {duration(steps * found.step_seconds + sum(evaluations.values()) * seconds)}")
+            screen.say(f"{what}: {count:,} evaluations of the network{about(count * seconds)}")
+    if timed:
+        screen.say(f"in all: about {duration(steps * found.step_seconds + sum(evaluations.values()) * seconds)}")
     return 0
 
 

@@ -122,11 +122,14 @@ class StableDiffusion:
                 raise ValueError(f"parts of different pipelines: {one} has {here} {what}, {other} {there}")
 
     @classmethod
-    def from_folder(cls, place: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32) -> "StableDiffusion":
+    def from_folder(
+        cls, place: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32, abstract_unet: bool = False
+    ) -> "StableDiffusion":
         """The pipeline in a folder of diffusers, or in the repository of that name on the Hugging Face hub (see `diffusion.stable.hub`).
 
         Args:
             dtype: of the computation in all three networks; parameters and latents are float32 whatever it is.
+            abstract_unet: the U-Net is the shapes of its parameters alone, and its weights are not read: enough to plan a run.
 
         Raises: ValueError in one line if a file is missing, damaged, or describes something else.
         """
@@ -140,9 +143,14 @@ class StableDiffusion:
         vae = read_network(
             folder / "vae", AutoencoderKLConfig.from_json, lambda config: AutoencoderKL(config, dtype=dtype, rngs=nnx.Rngs(0))
         )
-        unet = read_network(
-            folder / "unet", UNet2DConditionConfig.from_json, lambda config: UNet2DCondition(config, dtype=dtype, rngs=nnx.Rngs(0))
-        )
+
+        def make(config: UNet2DConditionConfig) -> UNet2DCondition:
+            return UNet2DCondition(config, dtype=dtype, rngs=nnx.Rngs(0))
+
+        if abstract_unet:
+            unet = nnx.eval_shape(lambda: make(UNet2DConditionConfig.from_json(read_json(folder / "unet" / CONFIG))))
+        else:
+            unet = read_network(folder / "unet", UNet2DConditionConfig.from_json, make)
         files = [folder / "tokenizer" / name for name in _TOKENIZER_FILES]
         tokenizer_files = {file.name: file.read_bytes() for file in files if file.is_file()}
         return cls(unet, vae, text_encoder, tokenizer, tokenizer_files, scheduler_config)
