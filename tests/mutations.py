@@ -291,16 +291,23 @@ MUTATIONS = (
     Mutation(
         "tiles: the last states count twice in the derivative",
         "tiles",
-        "jnp.where(start + lax.iota(jnp.int32, rows) < place * rows, 0.0, c)",
-        "c",
+        "jnp.where(fresh.reshape(-1, *(1,) * (a.ndim - 1)), a, 0.0)",
+        "a",
         "test_tiled.py::test_the_derivative_streams_to_the_same_numbers",
     ),
     Mutation(
         "tiles: the own memory has a derivative",
         "tiles",
-        "logits = jnp.where(first + lax.iota(jnp.int32, part.shape[0])[None] == me[:, None], -jnp.inf, logits)",
-        "pass",
+        "of_tile(x, part, beta, offsets, me, needs, first=first, top=high)",
+        "of_tile(x, part, beta, offsets, None, needs, first=first, top=high)",
         "test_tiled.py::test_left_out_memories_get_no_derivative_from_their_own_state",
+    ),
+    Mutation(
+        "tiles: each tile's moments relative to its own largest logit in the derivative",
+        "tiles",
+        "of_tile(x, part, beta, offsets, me, needs, first=first, top=high)",
+        "of_tile(x, part, beta, offsets, me, needs, first=first)",
+        "test_tiled.py::test_curvature_and_entropy_have_a_derivative_that_streams",
     ),
     Mutation(
         "tiles: −β|ξ|² for −½β|ξ|² in the kernel density",

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from diffusion import backend
+from tests.compiled import quickly
 
 PAIRS: dict[str, tuple[Any, Any, Any]] = {
     "normalise": (
@@ -58,7 +59,7 @@ def test_both_formulations_have_the_same_derivatives(name, key):
     one, two, three = jax.random.split(key, 3)
     primals, tangents = tuple(draws(one, shapes)), tuple(draws(two, shapes))
     cotangent = jax.random.normal(three, jax.eval_shape(plain, *primals).shape)
-    found, expected = (jax.jit(lambda *a, f=f: derivatives(f, *a))(primals, tangents, cotangent) for f in (cpu, plain))
+    found, expected = (quickly(lambda *a, f=f: derivatives(f, *a))(primals, tangents, cotangent) for f in (cpu, plain))
     for kind in expected:
         for a, b in zip(found[kind], expected[kind], strict=True):
             # Fewer than 200 products of numbers of order one in a sum, differentiated twice at most.

@@ -197,7 +197,7 @@ def penalised(gain, offset, strength):
     return total(gain, offset), total(*least)
 
 
-@pytest.mark.parametrize("strength", [0.01, 0.1])
+@pytest.mark.parametrize("strength", [0.1, pytest.param(0.01, marks=pytest.mark.slow)])
 def test_training_reaches_the_closed_form_optimum_of_loss_and_penalty(strength):
     found = tables(trained(strength).state.params)
     value, least = penalised(found["gain"], found["offset"], strength)
@@ -352,6 +352,7 @@ def ended(start, tmp_path_factory):
     return folders
 
 
+@pytest.mark.slow
 def test_a_run_is_held_where_the_penalty_is(ended, start):
     graphdef, anchor = nnx.split(start.unet, nnx.Param)
     penalty = Penalty(1, anchor, fisher(graphdef, anchor, OBJECTIVE, STRIPES.pixels, key=jax.random.key(0), samples=512))

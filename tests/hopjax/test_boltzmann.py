@@ -204,6 +204,7 @@ def test_the_exact_m_step_ends_where_a_quasi_newton_method_does(key):
     np.testing.assert_allclose(peer.x.reshape(6, 8), found.memories, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_memories_are_recovered_at_the_rate_of_the_square_root_of_n():
     """n(W − X)ᵀI(W − X), I Fisher's information, follows χ²(Md) to O(1/√n): twelve fits at each of three sizes, z of their means."""
     true, dim, seeds_each = cluster.memories(3, 6, 0.35), 6, 12
@@ -419,6 +420,7 @@ def test_the_estimator_keeps_scikit_learns_conventions(key):
     assert BoltzmannMachine(1).fit([[0, 1], [1, 0], [2, 2]]).n_features_in_ == 2
 
 
+@pytest.mark.slow
 def test_samples_mapped_from_a_file_are_streamed_to_the_same_fit(tmp_path, key):
     samples = np.asarray(draw(key, cluster.memories(5, 16, 0.35), BETA))
     np.save(tmp_path / "samples.npy", samples)

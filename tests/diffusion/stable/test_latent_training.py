@@ -151,6 +151,7 @@ def test_training_in_latents_reaches_the_closed_form_optimum():
 # ---- Runs ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_goes_on_bit_for_bit(model, ended, tmp_path):
     task = Task(stripes(), start=model)
     stop = iter([False, False, True] + [True] * 9).__next__
