@@ -136,6 +136,7 @@ def measures(found: Row) -> bytes:
             axes.axhline(0, color=NEUTRAL, linewidth=0.8)
             axes.set_title(MEASURES[name])
             axes.set_xlabel("bin of energy, low to high")
+            axes.xaxis.get_major_locator().set_params(integer=True)
 
     return picture(draw, 3.6 * len(found["bins"]), 3.4)
 
