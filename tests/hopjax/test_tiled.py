@@ -374,8 +374,8 @@ def dense_quantities(x, memories, beta, log_prior):
     return jnp.stack([excess, entropy, entropy, slope, jnp.trace(hessian), sharpness, sharpness - (len(x) - 1) * slope])
 
 
-def streamed(weight, names, *arguments, own=None, log_prior=None):
-    found = tiled.quantities(*arguments, names, own=own, log_prior=log_prior, tile=Tile(4, 5))
+def streamed(weight, names, x, memories, beta, own=None, log_prior=None):
+    found = tiled.quantities(x, memories, beta, names, own=own, log_prior=log_prior, tile=Tile(4, 5))
     return jnp.sum(weight * jnp.stack([found[name] for name in names], axis=1))
 
 

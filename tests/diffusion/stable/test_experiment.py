@@ -174,7 +174,7 @@ def test_energies_of_latents_are_listed_beside_those_of_images(folder, tmp_path,
     columns = ready._of_samples(rows)
     memories = expected.reshape(len(expected), -1).astype(float)
     memories /= np.linalg.norm(memories, axis=1, keepdims=True)
-    beta, eps = of_latents.landscape.beta, np.finfo(np.float32).eps
+    beta, eps = of_latents.landscape.beta, float(np.finfo(np.float32).eps)
     logits = beta * memories @ memories.T
     own, others = np.diagonal(logits), np.where(np.eye(len(logits)), -np.inf, logits)
     odds = special.logsumexp(others, axis=1) - own
