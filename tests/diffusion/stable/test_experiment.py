@@ -224,7 +224,21 @@ def test_a_dry_run_of_given_weights_reads_no_weights_of_the_network(capsys):
 @pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_the_whole_experiment_makes_its_pipeline_once_and_goes_on(capsys, monkeypatch):
-    words = ["run", "--preset", "sd-tiny", "--policies", "none,high", "--generated", "8", "--measures", "bound", "--out", "run"]
+    words = [
+        "run",
+        "--preset",
+        "sd-tiny",
+        "--policies",
+        "none,high",
+        "--generated",
+        "8",
+        "--measures",
+        "bound",
+        "--beta",
+        "30",
+        "--out",
+        "run",
+    ]
     assert main([*words, "--dry-run"]) == 0
     assert "in all: about" in capsys.readouterr().out
     assert main(words) == 0
