@@ -1,3 +1,4 @@
+# ruff: noqa: E402 (see below)
 """The command line with a network so small that compiling it takes seconds: `--network tiny`, for 4 × 4 images."""
 
 import sys
@@ -6,6 +7,12 @@ from pathlib import Path
 import jax
 import numpy as np
 from flax import nnx
+
+from diffusion import backend
+from tests import compiled
+
+# As tests/diffusion/conftest.py does for its process: what two processes compute is compared bit for bit.
+backend._CPU_OPTIONS.update(compiled.OPTIONS)
 
 from diffusion import config, settings
 from diffusion.checkpoint import Checkpoints
