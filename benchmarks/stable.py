@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from benchmarks.row import Bench, Goal, Row
 from diffusion import backend
 from diffusion.optimiser import Adafactor
+from diffusion.stable.autoencoder import PUBLISHED as AUTOENCODER
 from diffusion.stable.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from diffusion.stable.config import UNet2DConditionConfig
 from diffusion.stable.text_encoder import WEIGHTS as TEXT_WEIGHTS
@@ -34,13 +35,6 @@ from diffusion.unet import parameter_count
 from diffusion.weights import WEIGHTS, read_network, write_network
 
 UNET = UNet2DConditionConfig()
-AUTOENCODER = AutoencoderKLConfig(
-    down_block_types=("DownEncoderBlock2D",) * 4,
-    up_block_types=("UpDecoderBlock2D",) * 4,
-    block_out_channels=(128, 256, 512, 512),
-    layers_per_block=2,
-    sample_size=512,
-)
 TEXT = CLIPTextConfig(hidden_size=768, intermediate_size=3072, projection_dim=768, num_attention_heads=12)
 BATCH, TOKENS = 2, 77
 RATE = 1e-5

@@ -163,10 +163,10 @@ def fisher(
 
     Raises: ValueError if there are no images, or if the samples are not a number of whole batches.
     """
-    first = jax.tree.leaves(images)[0]
-    count = len(first)
+    leaf = jax.tree.leaves(images)[0]
+    count = len(leaf)
     if count == 0:
-        raise ValueError(f"need at least one image, got shape {first.shape}")
+        raise ValueError(f"need at least one image, got shape {leaf.shape}")
     if batch < 1 or samples < 1 or samples % batch:
         raise ValueError(f"samples = {samples} must be a multiple of batch = {batch}, both at least 1")
     program = _program(graphdef, objective)

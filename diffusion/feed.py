@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int64, PyTree, Shaped
+from jaxtyping import Int32, Int64, PyTree, Shaped
 
 # What the second entry of a seed stands for.
 _ORDER, _BUFFER = 0, 1
@@ -17,6 +17,17 @@ _ORDER, _BUFFER = 0, 1
 
 def _permutation(seed: int, stream: int, number: int, count: int) -> Int64[np.ndarray, " {count}"]:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, stream, number)))).permutation(count)
+
+
+def filled_batches(count: int, batch: int) -> list[Int32[np.ndarray, " b"]]:
+    """The places of images in order, batch by batch; the last is filled up with the last image, else it would be another program.
+
+    Raises: ValueError if there is no image, or none in a batch.
+    """
+    if count < 1 or batch < 1:
+        raise ValueError(f"{count} images in batches of {batch}: need one or more of each")
+    size = min(batch, count)
+    return [np.minimum(np.arange(first, first + size, dtype=np.int32), count - 1) for first in range(0, count, size)]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -15,8 +15,49 @@ def _kernels(params: Any) -> Any:
     return jax.tree.map_with_path(lambda path, _: "kernel" in jax.tree_util.keystr(path), params)
 
 
+@dataclasses.dataclass(frozen=True)
 class Optimiser(abc.ABC):
-    """Settings that give an optax transformation; immutable and hashable."""
+    """Settings that give an optax transformation; immutable and hashable.
+
+    Attributes:
+        learning_rate: after the warm-up.
+        warmup: steps over which the rate grows from 0.
+        decay: fraction of the run, at its end, over which the rate falls linearly to 0; until then it stays, so that a longer run begins
+            like a shorter one.
+        weight_decay: fraction of a weight that is taken off in a step, times the learning rate; of weights alone (no biases, no norms).
+        clip: bound of what a step does, see each.
+
+    Raises: ValueError naming the value and its bound.
+    """
+
+    learning_rate: float = 2e-4
+    warmup: int = 500
+    decay: float = 0.0
+    weight_decay: float = 0.01
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be trained with."""
+        for name, value in (("learning_rate", self.learning_rate), ("clip", self.clip)):
+            if not 0 < value < float("inf"):
+                raise ValueError(f"{name} = {value} is out of range: need 0 < {name} < ∞")
+        for name, value in (("warmup", self.warmup), ("weight_decay", self.weight_decay)):
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{name} = {value} is out of range: need 0 ≤ {name} < ∞")
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"decay = {self.decay} is out of range: need 0 ≤ decay ≤ 1")
+
+    def rate(self, steps: int) -> optax.Schedule:
+        """The learning rate at each step of a run of so many; neither the first step's nor the last step's is 0."""
+        falling = round(self.decay * steps)
+
+        def at(step: Int[Array, ""]) -> Float[Array, ""]:
+            # In whole numbers: the quotients are rounded once.
+            rising = jnp.minimum(step + 1, self.warmup + 1) / (self.warmup + 1)
+            left = jnp.minimum(steps - step, falling + 1) / (falling + 1)
+            return jnp.asarray(self.learning_rate * rising * left, jnp.float32)
+
+        return at
 
     @abc.abstractmethod
     def transformation(self, steps: int) -> optax.GradientTransformation:
@@ -42,22 +83,13 @@ class AdamW(Optimiser):
     Raises: ValueError naming the value and its bound.
     """
 
-    learning_rate: float = 2e-4
-    warmup: int = 500
-    decay: float = 0.0
-    weight_decay: float = 0.01
-    clip: float = 1.0
     first_moments: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained with."""
-        _check(self.learning_rate, self.warmup, self.decay, self.weight_decay, self.clip)
+        super().__post_init__()
         if self.first_moments not in ("float32", "bfloat16"):
             raise ValueError(f"first_moments = {self.first_moments!r} is not known: take float32 or bfloat16")
-
-    def rate(self, steps: int) -> optax.Schedule:
-        """The learning rate at each step of a run of so many; neither the first step's nor the last step's is 0."""
-        return _trapezoid(self.learning_rate, self.warmup, self.decay, steps)
 
     def transformation(self, steps: int) -> optax.GradientTransformation:
         """For a run of so many steps."""
@@ -87,20 +119,6 @@ class Adafactor(Optimiser):
     Raises: ValueError naming the value and its bound.
     """
 
-    learning_rate: float = 2e-4
-    warmup: int = 500
-    decay: float = 0.0
-    weight_decay: float = 0.01
-    clip: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be trained with."""
-        _check(self.learning_rate, self.warmup, self.decay, self.weight_decay, self.clip)
-
-    def rate(self, steps: int) -> optax.Schedule:
-        """The learning rate at each step of a run of so many; neither the first step's nor the last step's is 0."""
-        return _trapezoid(self.learning_rate, self.warmup, self.decay, steps)
-
     def transformation(self, steps: int) -> optax.GradientTransformation:
         """For a run of so many steps."""
         return optax.chain(
@@ -109,29 +127,6 @@ class Adafactor(Optimiser):
             optax.add_decayed_weights(self.weight_decay, mask=_kernels),
             optax.scale_by_learning_rate(self.rate(steps)),
         )
-
-
-def _check(learning_rate: float, warmup: int, decay: float, weight_decay: float, clip: float) -> None:
-    for name, value in (("learning_rate", learning_rate), ("clip", clip)):
-        if not 0 < value < float("inf"):
-            raise ValueError(f"{name} = {value} is out of range: need 0 < {name} < ∞")
-    for name, value in (("warmup", warmup), ("weight_decay", weight_decay)):
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"{name} = {value} is out of range: need 0 ≤ {name} < ∞")
-    if not 0 <= decay <= 1:
-        raise ValueError(f"decay = {decay} is out of range: need 0 ≤ decay ≤ 1")
-
-
-def _trapezoid(learning_rate: float, warmup: int, decay: float, steps: int) -> optax.Schedule:
-    falling = round(decay * steps)
-
-    def at(step: Int[Array, ""]) -> Float[Array, ""]:
-        # In whole numbers: the quotients are rounded once.
-        rising = jnp.minimum(step + 1, warmup + 1) / (warmup + 1)
-        left = jnp.minimum(steps - step, falling + 1) / (falling + 1)
-        return jnp.asarray(learning_rate * rising * left, jnp.float32)
-
-    return at
 
 
 def averaged(ema: Any, params: Any, step: Int[Array, ""], decay: float) -> Any:

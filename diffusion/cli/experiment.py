@@ -186,9 +186,9 @@ def run(
             densities=density.plan(trial.densities),
         )
         first, later = _steps(trial.first, steps1), _steps(trial.later, steps2)
+        if dry_run:
+            return _dry_run(trial, weights, lessons, plan, first, later, screen)
         with interruption() as stop:
-            if dry_run:
-                return _dry_run(trial, weights, lessons, plan, first, later, screen, stop)
             base = _base(trial, weights, out, lessons, screen, stop)
         if base is not None:
             config_of(Task(lessons[0], start=base), first)  # what does not fit is said before anything is computed
@@ -290,7 +290,6 @@ def _dry_run(
     first: Settings,
     later: Settings,
     screen: Screen,
-    stop: Callable[[], bool],
 ) -> int:
     """Of a network whose weights are given, nothing is allocated and nothing timed."""
     if trial.weights == "none":

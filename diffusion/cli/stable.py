@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from cyclopts import Parameter
@@ -53,14 +53,9 @@ def train_vae(
 
     with explained():
         small = miniature.SMALL_PIPELINE
-        usual = small.training
-        training = dataclasses.replace(
-            usual,
-            steps=usual.steps if steps is None else steps,
-            batch_size=usual.batch_size if batch_size is None else batch_size,
-            kl=usual.kl if kl is None else kl,
-            seed=seed,
-        )
+        given = {"steps": steps, "batch_size": batch_size, "kl": kl}
+        changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        training = dataclasses.replace(small.training, seed=seed, **changes)
         with screen.working(f"reading {data}"):
             images = images_of(data, classes, reading)
         with interruption() as stop:

@@ -104,6 +104,16 @@ class AutoencoderKLConfig:
         return {"_class_name": CLASS_NAME} | dataclasses.asdict(self)
 
 
+# That of Stable Diffusion v1.
+PUBLISHED = AutoencoderKLConfig(
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+    block_out_channels=(128, 256, 512, 512),
+    layers_per_block=2,
+    sample_size=512,
+)
+
+
 class DiagonalGaussian(NamedTuple):
     """Independent normal distributions, one for each number of the latents; float32 at least."""
 
@@ -114,6 +124,11 @@ class DiagonalGaussian(NamedTuple):
     def mode(self) -> Float[Array, "n h w z"]:
         """The most likely latents."""
         return self.mean
+
+    @property
+    def divergence(self) -> Float[Array, "n h w z"]:
+        """½(μ² + s² − 1 − log s²): by which each differs from N(0, 1), in nats (Kingma and Welling 2013, Eq. (10))."""
+        return 0.5 * (jnp.square(self.mean) + jnp.exp(self.log_variance) - 1 - self.log_variance)
 
     def sample(self, key: Key[Array, ""]) -> Float[Array, "n h w z"]:
         """Latents drawn from the distributions."""

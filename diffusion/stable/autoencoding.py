@@ -19,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key, Shaped
 
 from diffusion.backend import compiler_options
-from diffusion.feed import Feed
+from diffusion.feed import Feed, filled_batches
 from diffusion.layers import initialise
 from diffusion.layout import Layout
 from diffusion.optimiser import AdamW, Optimiser
@@ -72,8 +72,7 @@ def loss(autoencoder: AutoencoderKL, images: Float[Array, "n h w c"], kl: float,
     """Mean of the images' losses; pixels from −1 to 1."""
     latents = autoencoder.encode(images)
     error = autoencoder.decode(latents.sample(key)) - images
-    distance = jnp.square(latents.mean) + jnp.exp(latents.log_variance) - 1 - latents.log_variance
-    return jnp.mean(jnp.abs(error) + jnp.square(error)) + 0.5 * kl * jnp.mean(distance)
+    return jnp.mean(jnp.abs(error) + jnp.square(error)) + kl * jnp.mean(latents.divergence)
 
 
 def train_autoencoder(
@@ -140,13 +139,11 @@ def fidelity(autoencoder: AutoencoderKL, images: Images) -> Fidelity:
         made, clean = nnx.merge(graphdef, params), to_model(pixels)
         latents = made.encode(clean)
         error = jnp.mean(jnp.square(made.decode(latents.mode) - clean), axis=(1, 2, 3))
-        distance = jnp.square(latents.mean) + jnp.exp(latents.log_variance) - 1 - latents.log_variance
-        return error, jnp.sum(distance, axis=(1, 2, 3)) / (2 * jnp.log(2.0))
+        return error, jnp.sum(latents.divergence, axis=(1, 2, 3)) / jnp.log(2.0)
 
-    pixels, size = checked(images).pixels, min(32, len(images))
-    # The last batch is filled up: one more shape would be one more compilation.
-    rows = [np.minimum(np.arange(first, first + size), len(pixels) - 1) for first in range(0, len(pixels), size)]
-    error, bits = np.concatenate([np.array(of(params, jnp.asarray(pixels[batch])), np.float64) for batch in rows], axis=1)[:, : len(pixels)]
+    pixels = checked(images).pixels
+    found = [np.array(of(params, jnp.asarray(pixels[places])), np.float64) for places in filled_batches(len(pixels), 32)]
+    error, bits = np.concatenate(found, axis=1)[:, : len(pixels)]
     return Fidelity(float(error.mean()), float(bits.mean()))
 
 

@@ -30,6 +30,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key, Real, Shaped, UInt8
 
 from diffusion.backend import compiler_options
+from diffusion.feed import filled_batches
 from diffusion.layers import at_least_float32
 from diffusion.objective import Denoising
 from diffusion.pipeline import INDEX, SCHEDULER
@@ -203,7 +204,7 @@ class StableDiffusion:
                 raise ValueError(f"pixels lie between {low:g} and {high:g}: give bytes, or numbers from 0 to 1")
         graphdef, params = nnx.split(self.vae, nnx.Param)
         found = []
-        for places in _batches(len(images), batch):
+        for places in filled_batches(len(images), batch):
             given = to_model(jnp.asarray(images[places]))
             found.append(_encoder(graphdef)(params, given.astype(at_least_float32(self.vae.dtype))))
         return self.vae.config.scaling_factor * jnp.concatenate(found)[: len(images)]
@@ -215,7 +216,7 @@ class StableDiffusion:
         """
         graphdef, params = nnx.split(self.vae, nnx.Param)
         found = []
-        for places in _batches(len(latents), batch):
+        for places in filled_batches(len(latents), batch):
             found.append(np.asarray(_decoder(graphdef)(params, latents[places] / self.vae.config.scaling_factor)))
         pixels = np.concatenate(found)[: len(latents)]
         finite = np.isfinite(pixels).all(axis=(1, 2, 3))
@@ -369,7 +370,7 @@ class StableDiffusion:
         graphdef, params = nnx.split(self.unet, nnx.Param)
         guided = _guided_noise(graphdef, self.scheduler().objective)
         guidance = None if asked.guidance == 1 else jnp.asarray(asked.guidance, at_least_float32(self.unet.dtype))
-        batches = _batches(len(asked.ids), batch)
+        batches = filled_batches(len(asked.ids), batch)
         done = 0
 
         def noise_function(places: Places) -> Network:
@@ -451,14 +452,6 @@ def _normal(key: Key[Array, ""], places: Int[Array, " b"], shape: tuple[int, ...
 @jax.jit
 def _keys(key: Key[Array, ""], places: Int[Array, " b"]) -> Key[Array, " b"]:
     return jax.vmap(lambda place: jax.random.fold_in(key, place))(places)
-
-
-def _batches(count: int, batch: int) -> list[Places]:
-    """The numbers of the images in each batch; the last is filled up with the last image, else it would be another program."""
-    if count < 1 or batch < 1:
-        raise ValueError(f"{count} images in batches of {batch}: need one or more of each")
-    size = min(batch, count)
-    return [np.minimum(np.arange(first, first + size, dtype=np.int32), count - 1) for first in range(0, count, size)]
 
 
 def _size(images: Any) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from diffusion.layers import initialise
-from diffusion.stable.autoencoder import AutoencoderKL, AutoencoderKLConfig
+from diffusion.stable.autoencoder import PUBLISHED, AutoencoderKL
 from diffusion.unet import parameter_count
 from diffusion.weights import CONFIG, WEIGHTS, write_json, write_tensors
 
@@ -19,14 +19,6 @@ pytestmark = [pytest.mark.parity, *(pytest.mark.filterwarnings(f"ignore::{kind}W
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-# Stable Diffusion 1.x.
-PUBLISHED = AutoencoderKLConfig(
-    down_block_types=("DownEncoderBlock2D",) * 4,
-    up_block_types=("UpDecoderBlock2D",) * 4,
-    block_out_channels=(128, 256, 512, 512),
-    layers_per_block=2,
-    sample_size=512,
-)
 SIDES = (32, 64, 512)  # of images
 
 

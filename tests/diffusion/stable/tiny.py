@@ -1,19 +1,14 @@
 """Networks of Stable Diffusion so small that compiling them takes seconds: images of 8 × 8 have latents of 4 × 4."""
 
-import json
-
 import jax
 import numpy as np
 
 from diffusion.layers import initialise
 from diffusion.stable.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from diffusion.stable.config import UNet2DConditionConfig
-from diffusion.stable.pipeline import StableDiffusion
-from diffusion.stable.text_encoder import CLIPTextConfig, TextEncoder
-from diffusion.stable.tokenizer import Tokenizer
-from diffusion.stable.unet import UNet2DCondition
+from diffusion.stable.miniature import Miniature
+from diffusion.stable.text_encoder import CLIPTextConfig
 from hopjax.data import Images
-from tests.diffusion.stable.vocabulary import byte_symbols
 
 AUTOENCODER = AutoencoderKLConfig(
     block_out_channels=(4, 8),
@@ -45,42 +40,14 @@ TEXT = CLIPTextConfig(
     max_position_embeddings=8,
     eos_token_id=513,
 )
-# Stable Diffusion's.
-SCHEDULER = {
-    "_class_name": "DDIMScheduler",
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
 CLASSES = ("up", "flat")
-
-
-def tokenizer():
-    """Letters are tokens; nothing is merged."""
-    symbols = byte_symbols().values()
-    tokens = [*symbols, *(f"{symbol}</w>" for symbol in symbols), "<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    files = {"vocab.json": json.dumps(vocabulary).encode(), "merges.txt": b"#version: 0.2\n"}
-    return Tokenizer(vocabulary, [], length=8), files
 
 
 def stable(key):
     """A pipeline with random parameters."""
-    keys = jax.random.split(key, 3)
-    made, files = tokenizer()
-    return StableDiffusion(
-        unet=initialise(lambda rngs: UNet2DCondition(UNET, rngs=rngs), keys[0]),
-        vae=initialise(lambda rngs: AutoencoderKL(AUTOENCODER, rngs=rngs), keys[1]),
-        text_encoder=initialise(lambda rngs: TextEncoder(TEXT, rngs=rngs), keys[2]),
-        tokenizer=made,
-        tokenizer_files=files,
-        scheduler_config=SCHEDULER,
-    )
+    one, other = jax.random.split(key)
+    vae = initialise(lambda rngs: AutoencoderKL(AUTOENCODER, rngs=rngs), one)
+    return Miniature(AUTOENCODER, UNET, TEXT).pipeline(vae, other)
 
 
 def stripes(count=24, seed=0):
