@@ -440,6 +440,7 @@ def copy(folder: Path) -> None:
 def run_tests(folder: Path, tests: Sequence[str]) -> subprocess.CompletedProcess[str]:
     """The copy's tests on the copy's package: the working directory comes before the environment's packages."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "--tb=no", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command += ["-m", ""]  # slow tests too
     command += [f"tests/hopjax/{test}" for test in dict.fromkeys(tests)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_") and name != "PYTHONPATH"}
     return subprocess.run(command, cwd=folder, env=environment | {"PYTHONPATH": str(folder)}, capture_output=True, text=True, check=False)
