@@ -108,7 +108,7 @@ def findings(
     if "odds.latent" in samples:
         both = _correlate(seeds, lambda seed: seed.energy, lambda seed: -seed.columns["odds.latent"], interval.level)
         found["latents"] = {"energy and energy of latents": both}
-    if "perturbation" in samples:
+    if "perturbation" in samples and np.ptp(seeds[0].columns["perturbation"]):
         found["sharpness"] = _sharpness(seeds, bins, interval)
     if plan.get("densities"):
         found["intrinsic"] = _intrinsic(seeds, plan["densities"], bins, interval)
@@ -218,8 +218,8 @@ def _sharpness(seeds: Sequence[Seed], bins: int, interval: Bootstrap) -> dict[st
     height = seeds[0].columns.get("energy", seeds[0].energy)
 
     def by(columns: Sequence[Column], order: Column, shown: Column) -> dict[str, Any]:
-        edges = bin_edges(order, bins)
-        places = [float(shown[bin_of(order, edges) == i].mean()) for i in range(bins)]
+        edges = np.unique(np.quantile(order, np.linspace(0, 1, bins + 1), method="higher"))  # fewer bins if ties fill some
+        places = [float(shown[bin_of(order, edges) == i].mean()) for i in range(len(edges) - 1)]
         return of_bins(binned(columns, order, edges, interval)) | {"places": places}
 
     def perturbation(seed: Seed) -> Column:

@@ -161,6 +161,14 @@ def test_sharpness_is_binned_by_energy_and_the_rise_by_sharpness(table, found):
     assert correlations["perturbation sharpness and rise"]["value"] > 0.9
 
 
+def test_sharpnesses_that_tie_share_bins(table):
+    ranks = np.arange(len(table))
+    tied = Table({**table.columns, "perturbation": np.maximum(ranks % 200, 90).astype(float)}, table.settings)
+    assert len(findings.findings(tied, interval=INTERVAL)["sharpness"]["rise"]["places"]) == 6
+    alike = Table({**table.columns, "perturbation": np.ones(len(table))}, table.settings)
+    assert "sharpness" not in findings.findings(alike, interval=INTERVAL)
+
+
 def test_measures_of_forgetting_are_compared_where_all_are_there(table, found):
     intrinsic, seeds = found["intrinsic"], findings.seeds_of(table, 500)
     assert (intrinsic["samples"], intrinsic["timestep"], intrinsic["measures"]) == (50, 300, ["rise", "bound", "flow"])
