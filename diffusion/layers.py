@@ -74,6 +74,7 @@ def conv(
         dtype=dtype,
         kernel_init=init,
         bias_init=init,
+        conv_general_dilated=backend.convolve,
         rngs=rngs,
     )
 

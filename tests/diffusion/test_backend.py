@@ -21,6 +21,11 @@ PAIRS: dict[str, tuple[Any, Any, Any]] = {
         lambda x, kernel: backend._convolve_repeated(x, kernel, (6, 8)),
         ((2, 3, 4, 3), (3, 3, 3, 2)),
     ),
+    "convolve": (
+        lambda x, kernel: backend._convolve_by_taps(x, kernel, (1, 2), ((1, 1), (0, 1))),
+        lambda x, kernel: jax.lax.conv_general_dilated(x, kernel, (1, 2), ((1, 1), (0, 1)), dimension_numbers=backend._LAYOUT),
+        ((2, 2, 3, 3), (3, 3, 3, 2)),
+    ),
     # Two full rows of queries and a part of one.
     "attend": (backend._attend_by_rows, backend._attend, ((2, 9, 2, 3), (2, 5, 2, 3), (2, 5, 2, 4))),
 }
@@ -92,7 +97,8 @@ def test_options_are_for_cpus_that_know_them(monkeypatch):
 
 
 def test_accelerators_get_the_plain_formulations(monkeypatch, key):
-    x, kernel, heads = draws(key, ((2, 12, 12, 3), (3, 3, 3, 2), (1, 9, 2, 3)))
+    x, kernel, heads, few = draws(key, ((2, 12, 12, 3), (3, 3, 3, 2), (1, 9, 2, 3), (2, 2, 4, 3)))
+    plain = {"dimension_numbers": backend._LAYOUT}
 
     def programs():
         return [
@@ -102,6 +108,7 @@ def test_accelerators_get_the_plain_formulations(monkeypatch, key):
                 # A new function each time, or the trace is remembered.
                 (lambda x, k: backend.convolve_doubled(x, k, (24, 24)), (x, kernel)),
                 (lambda x: backend.attend(x, x, x), (heads,)),
+                (lambda x, k: backend.convolve(x, k, (1, 1), ((1, 1), (1, 1)), **plain), (few, kernel)),
             )
         ]
 
@@ -111,10 +118,23 @@ def test_accelerators_get_the_plain_formulations(monkeypatch, key):
     assert "custom_jvp" in here[0]
     assert (here[1].count("conv_general_dilated["), there[1].count("conv_general_dilated[")) == (4, 1)
     assert "scan" in here[2]
+    assert ("conv_general_dilated[" in here[3], "conv_general_dilated[" in there[3]) == (False, True)
     assert not any("custom_jvp" in one or "scan" in one for one in there)
 
 
-@pytest.mark.parametrize("size", [(2, 2), (3, 2), (3, 3), (4, 3)])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("padding", [(0, 1), (1, 1), (1, 0), (2, 2)])
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (1, 4), (5, 1), (3, 4)])
+def test_small_images_are_convolved_by_the_taps_that_see_them(size, padding, stride, key):
+    x, kernel = draws(key, ((2, *size, 3), (3, 3, 3, 2)))
+    arguments = (x, kernel, (stride, stride), (padding, padding))
+    expected = jax.lax.conv_general_dilated(*arguments, dimension_numbers=backend._LAYOUT)
+    found = backend._convolve_by_taps(*arguments)
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("size", [(3, 3), (3, 4), (4, 3)])
 def test_small_images_and_cut_ones_are_doubled_as_they_are(size, key):
     """The four convolutions are for whole images, and add the taps of the kernel up: that has to pay."""
     x, kernel = draws(key, ((1, (size[0] + 1) // 2, (size[1] + 1) // 2, 3), (3, 3, 3, 2)))
