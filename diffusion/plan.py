@@ -27,7 +27,7 @@ class Plan(NamedTuple):
 
     Attributes:
         parameters: their number.
-        bytes: by kind.
+        bytes: by kind; "gradients" as if all were there at once, and "step" what the compiler takes for them, activations and all else.
         steps: of the optimiser.
         epoch_batches: steps in an epoch.
         images: of the task, and replayed in an epoch.
@@ -50,18 +50,24 @@ class Plan(NamedTuple):
         yield f"images: {new:,} in an epoch" + (f", and {replayed:,} replayed" if replayed else "")
         yield f"steps: {self.steps:,} of {self.batch_size} images: {self.steps / self.epoch_batches:,.1f} epochs of {self.epoch_batches:,}"
         yield f"parameters: {self.parameters:,}"
-        yield "memory of a device: " + ", ".join(f"{kind} {count / 2**20:,.1f} MiB" for kind, count in self.bytes.items())
+        yield self.memory()
         yield f"compilation: {self.compile_seconds:.1f} s (kept for the next time)"
         if not math.isnan(self.step_seconds):
             yield f"a step: {self.step_seconds:.3g} s, {speed(self.batch_size / self.step_seconds, 'images')}"
             yield f"training: about {duration(self.steps * self.step_seconds)}, besides samples and checkpoints"
 
+    def memory(self) -> str:
+        """A line of it."""
+        words = {kind: f"{kind} {count / 2**20:,.1f} MiB" for kind, count in self.bytes.items()}
+        step = words.pop("step", None)
+        held = "memory of a device: " + ", ".join(words.values())
+        return held if step is None else f"{held} (if all at once); a {step} for them, activations and all else"
 
-def memory(program: Program, params: Any, batch: Any) -> tuple[dict[str, int], jax.stages.Compiled]:
+
+def memory_of(program: Program, params: Any, batch: Any) -> tuple[dict[str, int], jax.stages.Compiled]:
     """Bytes on a device by kind, and the compiled step; nothing is allocated, and all arrays may be abstract.
 
-    Gradients are counted as if all were there at once. What the compiler needs for them, activations and all else is known where the
-    backend tells (`memory_analysis`).
+    What the compiler takes for a step is known where the backend tells (`memory_analysis`).
     """
     state = program.abstract(params)
     compiled = program.lower(state, batch).compile()
@@ -76,7 +82,7 @@ def memory(program: Program, params: Any, batch: Any) -> tuple[dict[str, int], j
     parts = {kind: count for kind, count in parts.items() if count} | {"gradients": parts["parameters"]}
     analysis = compiled.memory_analysis()
     if analysis is not None:  # not every backend tells
-        parts["activations and all else"] = max(0, analysis.temp_size_in_bytes - parts["gradients"])
+        parts["step"] = analysis.temp_size_in_bytes
     return parts, compiled
 
 
@@ -99,7 +105,7 @@ def plan(task: Task, settings: Settings, *, timed: bool = True) -> Plan:
     if task.consolidation is not None:
         program = dataclasses.replace(program, penalty=Penalty(jax.ShapeDtypeStruct((), jnp.float32), params, params))
     start = time.perf_counter()
-    parts, compiled = memory(program, params, feed.batch(0))
+    parts, compiled = memory_of(program, params, feed.batch(0))
     seconds = time.perf_counter() - start
     return Plan(
         parameter_count(model.unet),

@@ -16,6 +16,7 @@ from cyclopts import Parameter
 from diffusion.cli.options import Device, configure, explained
 from diffusion.cli.stable import made
 from diffusion.cli.watching import interruption, watching
+from diffusion.layout import Layout
 from diffusion.run import Rhythm
 from diffusion.settings import Settings
 from diffusion.trials import TRIALS, Trial
@@ -69,9 +70,10 @@ def _numbers(option: str, text: str, kind: Callable[[str], Number] = int) -> tup
         raise UsageError(f"{option} {text} is no list of {what}: give some, such as {option} 0,1,2") from None
 
 
-def _steps(settings: Settings, steps: int | None) -> Settings:
-    length = settings.length if steps is None else dataclasses.replace(settings.length, steps=steps)
-    return dataclasses.replace(settings, length=length)
+def _changed(settings: Settings, steps: int | None, batch_size: int | None, layout: Layout) -> Settings:
+    given = {"steps": steps, "batch_size": batch_size}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    return dataclasses.replace(settings, length=dataclasses.replace(settings.length, **changes), layout=layout)
 
 
 def trial_table() -> str:
@@ -115,12 +117,14 @@ def run(
     tasks: Annotated[int, Parameter(name="--tasks", help="With --rotate: how many tasks, each turned by so many degrees more.")] = 2,
     steps1: Annotated[int | None, Parameter(help="Steps of Task 1 (default: the preset's).")] = None,
     steps2: Annotated[int | None, Parameter(help="Steps of Task 2 (default: the preset's).")] = None,
+    batch_size: Annotated[int | None, Parameter(help="Images in a step (default: the preset's).")] = None,
     save_every: Annotated[int, Parameter(help="Steps between two checkpoints.")] = 250,
     choice: Choice = Choice(),
     temperature: Temperature = Temperature(),
     density: Density = Density(),
     model: Model = Model(),
     reading: Reading = Reading(),
+    layout: Annotated[Layout, Parameter(name="*", group="Devices")] = Layout(),
     device: Device = None,
     dry_run: Annotated[bool, Parameter(negative="", help="Say what the experiment would take, and stop.")] = False,
 ) -> int:
@@ -185,7 +189,7 @@ def run(
             betas=() if betas is None else _numbers("--betas", betas, float),
             densities=density.plan(trial.densities),
         )
-        first, later = _steps(trial.first, steps1), _steps(trial.later, steps2)
+        first, later = (_changed(settings, steps, batch_size, layout) for settings, steps in ((trial.first, steps1), (trial.later, steps2)))
         if dry_run:
             return _dry_run(trial, weights, lessons, plan, first, later, screen)
         with interruption() as stop:
@@ -337,7 +341,7 @@ def _plan(
         return f", about {duration(length)}" if timed else ""
 
     screen.say(f"parameters: {found.parameters:,}")
-    screen.say("memory of a device: " + ", ".join(f"{kind} {count / 2**20:,.1f} MiB" for kind, count in found.bytes.items()))
+    screen.say(found.memory())
     screen.say(f"learning: {steps:,} steps of {found.batch_size} images{about(steps * found.step_seconds)}")
     for what, count in evaluations.items():
         if count:

@@ -14,7 +14,7 @@ from diffusion.layout import Layout
 from diffusion.objective import Denoising
 from diffusion.optimiser import Adafactor, AdamW
 from diffusion.pipeline import Pipeline
-from diffusion.plan import memory, plan
+from diffusion.plan import memory_of, plan
 from diffusion.run import Task
 from diffusion.schedules import LinearSchedule
 from diffusion.settings import Length, Network, Noise, Settings
@@ -39,10 +39,11 @@ def test_bytes_are_those_of_each_kind(optimiser, ema, moments):
     graphdef, params = nnx.split(nnx.eval_shape(lambda: Affine(3000)), nnx.Param)
     program = Program(graphdef, Denoising(LinearSchedule()), optimiser, 10, ema, Layout().mesh())
     large = [array.size for array in jax.live_arrays() if array.size >= 3000]
-    found, compiled = memory(program, params, jax.ShapeDtypeStruct((16, 4, 4, 1), np.uint8))
+    found, compiled = memory_of(program, params, jax.ShapeDtypeStruct((16, 4, 4, 1), np.uint8))
     assert [array.size for array in jax.live_arrays() if array.size >= 3000] == large
     assert found["parameters"] == found["gradients"] == 24_000
     assert found.get("average") == (24_000 if ema else None)
+    assert 0 < found["step"] < 10 * 24_000
     assert moments * 6000 <= found["optimiser"] < moments * 6000 + 50
     assert "penalty" not in found
     assert "frozen" not in found
@@ -58,7 +59,7 @@ def test_what_consolidation_holds_is_counted():
     graphdef, params = nnx.split(nnx.eval_shape(lambda: Affine(3000)), nnx.Param)
     penalty = Penalty(jax.ShapeDtypeStruct((), np.float32), params, params)
     program = Program(graphdef, Denoising(LinearSchedule()), AdamW(), 10, 0.0, Layout().mesh(), penalty)
-    found, compiled = memory(program, params, jax.ShapeDtypeStruct((16, 4, 4, 1), np.uint8))
+    found, compiled = memory_of(program, params, jax.ShapeDtypeStruct((16, 4, 4, 1), np.uint8))
     assert found["penalty"] == 48_004
     analysis = compiled.memory_analysis()
     assert analysis is not None
