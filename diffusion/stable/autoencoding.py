@@ -8,7 +8,6 @@ standard deviation of all latents, as Rombach et al. 2022, Appendix G, have it.
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +25,6 @@ from diffusion.optimiser import AdamW, Optimiser
 from diffusion.pixels import checked, to_model
 from diffusion.stable.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from diffusion.train import PARTS, Measured, TrainState, train
-from diffusion.weights import new_folder, write_network
 from hopjax.data import Images
 
 # For images of 32 × 32, of which it makes latents of 8 × 8.
@@ -161,12 +159,3 @@ def _scaled(graphdef: Any, params: Any, pixels: Shaped[np.ndarray, "n h w c"], c
     scaled = dataclasses.replace(config, scaling_factor=float((square - mean**2) ** -0.5))
     made = nnx.eval_shape(lambda: AutoencoderKL(scaled, rngs=nnx.Rngs(0)))
     return nnx.merge(nnx.graphdef(made), params)
-
-
-def write_autoencoder(folder: Path, autoencoder: AutoencoderKL) -> None:
-    """A folder that diffusers' `AutoencoderKL.from_pretrained` takes. It appears whole or not at all.
-
-    Raises: ValueError if `folder` exists and is not empty: nothing is overwritten.
-    """
-    with new_folder(folder) as partial:
-        write_network(Path(partial), autoencoder.config.to_json(), autoencoder)
