@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import weakref
 from typing import Any
 
 import jax
@@ -189,6 +190,21 @@ def test_what_is_there_is_read_and_not_computed_again(ran, tasks, energies):
     more = Exact()
     experiment(folder, tasks, energies, more, draws=3, seeds=(0,), policies=("none",)).run()
     assert more.asked == 4  # another number of draws is another question, of before, control, none, and Task 2
+
+
+def test_a_model_is_learnt_with_no_other_in_memory_than_that_of_task_1(ran, tasks, energies):
+    made: list[weakref.ref] = []
+
+    class Watched(Exact):
+        def learn(self, name, *arguments, start, **options):
+            assert sum(each() is not None for each in made) == (start is not None), name
+            model = super().learn(name, *arguments, start=start, **options)
+            made.append(weakref.ref(model))
+            return model
+
+    folder, _, _ = ran
+    experiment(folder, tasks, energies, Watched()).run()
+    assert len(made) == 12
 
 
 def test_stages_tell_inputs_apart(tmp_path):
