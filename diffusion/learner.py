@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -82,12 +83,14 @@ class UNetLearner:
         kept = None if consolidate is None else Consolidation(consolidate, self.strength)
         task = Task(images, replay, replayed, self.base if start is None else start, consolidation=kept)
         folder = self.folder / name
+        gc.collect()  # traversals of nnx leave cycles, which would keep the arrays of models that nobody asks for any more
         found = completed(folder, task, settings)
         if found is None:
             with self.watch(name, settings) as watch:
                 step = run(folder, task, settings, self.rhythm, watch=watch, stop=self.stop).step
             if step < settings.length.steps:
                 raise Unfinished(f"saved step {step:,} of {settings.length.steps:,} in {folder}")
+            gc.collect()
             found = abstract_of(task, settings).read(folder / MODEL)
         return found
 
