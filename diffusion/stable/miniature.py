@@ -91,7 +91,11 @@ def byte_tokenizer(length: int) -> tuple[Tokenizer, dict[str, bytes]]:
     symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*symbols, *(f"{symbol}</w>" for symbol in symbols), BEGIN, END]
     vocabulary = {token: number for number, token in enumerate(tokens)}
-    files = {"vocab.json": json.dumps(vocabulary).encode(), "merges.txt": b"#version: 0.2\n"}
+    # Without its length, transformers' tokenizer has none to fill prompts up to.
+    said = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, "do_lower_case": True}
+    said |= {"bos_token": BEGIN, "eos_token": END, "pad_token": END, "unk_token": END}
+    contents = {"vocab.json": json.dumps(vocabulary), "merges.txt": "#version: 0.2\n", "tokenizer_config.json": json.dumps(said)}
+    files = {name: content.encode() for name, content in contents.items()}
     return Tokenizer(vocabulary, [], length=length), files
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from diffusion.stable.miniature import SMALL_PIPELINE
 from diffusion.stable.pipeline import StableDiffusion
 from diffusion.stable.transformer import GEGLU
 from diffusion.weights import tensor_shapes
@@ -59,14 +60,15 @@ def test_what_they_write_back_is_what_we_wrote(ours, theirs, tmp_path):
     np.testing.assert_array_equal(same.tokenizer(PROMPTS).ids, ours.tokenizer(PROMPTS).ids)
 
 
-@pytest.mark.parametrize("scheduler", TEXTS.values())
-def test_their_images_are_ours(ours, theirs, scheduler, agree):
-    shape = (SIZE[0] // 8, SIZE[1] // 8, 4)
-    noise = np.stack([jax.random.normal(jax.random.fold_in(jax.random.key(5), i), shape, jnp.float32) for i in range(2)])
+def drawn(ours, theirs, scheduler, size):
+    """The same prompts from the same noise: our images and theirs."""
+    height, width = (side // ours.vae.config.factor for side in size)
+    noise = np.stack([jax.random.normal(jax.random.fold_in(jax.random.key(5), i), (height, width, 4), jnp.float32) for i in range(2)])
     theirs.scheduler = getattr(diffusers, scheduler).from_config(theirs.scheduler.config)
     theirs.set_progress_bar_config(disable=True)
+    latents = torch.from_numpy(noise.transpose(0, 3, 1, 2))
     asked = {"prompt": PROMPTS, "negative_prompt": NEGATIVE_PROMPTS, "guidance_scale": GUIDANCE, "num_inference_steps": STEPS}
-    images = theirs(**asked, latents=torch.from_numpy(noise.transpose(0, 3, 1, 2)), output_type="np").images
+    images = theirs(**asked, latents=latents, height=size[0], width=size[1], output_type="np").images
     with warnings.catch_warnings(), jax.default_matmul_precision("highest"):
         warnings.simplefilter("ignore")  # of what is cut
         found = ours.text_to_image(
@@ -75,10 +77,22 @@ def test_their_images_are_ours(ours, theirs, scheduler, agree):
             negative_prompts=NEGATIVE_PROMPTS,
             guidance=GUIDANCE,
             steps=STEPS,
-            size=SIZE,
+            size=size,
             scheduler=scheduler,
         )
-    agree("the pipeline, tiny", f"{STEPS} steps of {scheduler}, guidance {GUIDANCE}", (found.pixels + 1) / 2, images, 1e-3)
+    return (found.pixels + 1) / 2, images
+
+
+@pytest.mark.parametrize("scheduler", TEXTS.values())
+def test_their_images_are_ours(ours, theirs, scheduler, agree):
+    agree("the pipeline, tiny", f"{STEPS} steps of {scheduler}, guidance {GUIDANCE}", *drawn(ours, theirs, scheduler, SIZE), 1e-3)
+
+
+def test_their_images_are_those_of_a_pipeline_that_is_made_here(agree, tmp_path):
+    made = SMALL_PIPELINE.untrained()
+    made.save_folder(tmp_path / "made")
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "made", local_files_only=True)
+    agree("the pipeline, small", f"{STEPS} steps, guidance {GUIDANCE}", *drawn(made, theirs, "DDIMScheduler", (32, 32)), 1e-3)
 
 
 @pytest.fixture(scope="module")
