@@ -54,7 +54,6 @@ def test_images_come_back_better_than_their_mean(trained):
     clean = jnp.asarray(stripes(24, seed=5).pixels, jnp.float32) / 127.5 - 1  # that it has not seen
     decoded = jax.jit(lambda images: autoencoder.decode(autoencoder.encode(images).mode))(clean)
     errors = np.square(np.asarray(decoded - clean)).mean()
-    print(told[0], told[-1], errors, np.var(clean))
     assert errors < 0.35 * np.var(clean)
     assert told[-1][1] < 0.5 * told[0][1]
 
