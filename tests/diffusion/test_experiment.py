@@ -1,5 +1,6 @@
 """The command `run` on a tiny network: what it leaves, what it does not do twice, what it refuses; and `report`, without a model."""
 
+import gc
 import json
 import os
 import random
@@ -10,14 +11,18 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from diffusion import continual, settings
 from diffusion.__main__ import main
 from diffusion.cli import experiment
 from diffusion.continual import Stage
 from diffusion.learner import Unfinished
+from diffusion.run import run
+from diffusion.weights import WEIGHTS
 from hopjax.cli import table
 from hopjax.cli.progress import Screen
 from hopjax.cli.table import Table
@@ -42,13 +47,23 @@ def leave_jax(patch):
 
 @pytest.fixture(scope="module")
 def ran(as_run, tmp_path_factory):
-    """A folder with a finished experiment; not to be changed."""
+    """A folder with a finished experiment; not to be changed. In `held` are the bytes of all arrays at the beginning of each run."""
     folder = tmp_path_factory.mktemp("experiment")
     save_stripes(folder)
+    held = []
+
+    def counted(*arguments, **options):
+        held.append(sum(array.nbytes for array in jax.live_arrays()))
+        return run(*arguments, **options)
+
     with pytest.MonkeyPatch.context() as patch:
         leave_jax(patch)
         patch.chdir(folder)
+        patch.setattr("diffusion.learner.run", counted)
+        gc.disable()  # or what is kept would depend on when it runs
         assert main(["run", *OPTIONS, "--out", "run"]) == 0
+        gc.enable()
+    np.save(folder / "held.npy", held)
     return folder
 
 
@@ -83,6 +98,14 @@ def test_an_experiment_leaves_tables_and_a_page(capsys):
     assert main(["report", "run"]) == 0
     assert Path("run/report.html").read_bytes() == page
     assert "page: run/report.html" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("here")
+def test_no_model_is_kept_that_nobody_asks_for_any_more():
+    model = load_file(f"run/seed0/task1/model/unet/{WEIGHTS}")
+    first, none, high, low = np.load("held.npy")
+    assert none - first >= sum(array.nbytes for array in model.values())
+    assert none == high == low
 
 
 @pytest.mark.usefixtures("here")
