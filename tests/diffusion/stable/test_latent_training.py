@@ -309,7 +309,7 @@ SHARDED = """
     from diffusion.layout import Layout
     from diffusion.objective import Denoising
     from diffusion.optimiser import Adafactor, AdamW
-    from diffusion.plan import memory
+    from diffusion.plan import memory_of
     from diffusion.schedules import ScaledLinearSchedule
     from diffusion.stable.fine_tuning import fine_tuned
     from diffusion.train import Program, train
@@ -328,7 +328,7 @@ SHARDED = """
         (pause,) = train(program.initial(params), step, feed, key=jax.random.key(1), mesh=mesh, steps=4, pauses=[10**9])
         leaves = jax.tree.leaves(pause.state.params)
         shares = sum(leaf.addressable_shards[0].data.size for leaf in leaves) / sum(leaf.size for leaf in leaves)
-        parts, _ = memory(program, params, feed.batch(0))
+        parts, _ = memory_of(program, params, feed.batch(0))
         found.append([[float(one.loss) for one in pause.measured], shares, parts])
     print(json.dumps(found))
 """
