@@ -247,15 +247,16 @@ class Experiment(Generic[Model]):
             densities: dict[str, Draws] = {}
             for lesson in self.lessons(seed, watch):
                 tasks += self._of_tasks(lesson, seed, rows, watch)
-                if lesson.tasks == len(self.tasks) or lesson.policy == BEFORE:
+                asked = lesson.tasks == len(self.tasks) or lesson.policy == BEFORE
+                if asked:
                     found |= self._of_lesson(lesson, seed, rows, watch) | self._forgetting(lesson, seed, rows, densities, watch)
-                    if self.plan.generated:
-                        told = watch(Stage(seed, f"generating by {lesson.policy}"))
-                        images = self.generated(lesson.model, self.plan.generated, seed, told)
-                        sheets[f"{seed}.{lesson.policy}"] = images[:SHEET]
-                        if judging:
-                            own = {"seed": _full(seed, images), "policy": _full(lesson.policy, images)}
-                            generated.append(own | self.judged(self._as_images(images)))
+                if asked and self.plan.generated:
+                    told = watch(Stage(seed, f"generating by {lesson.policy}"))
+                    images = self.generated(lesson.model, self.plan.generated, seed, told)
+                    sheets[f"{seed}.{lesson.policy}"] = images[:SHEET]
+                    if judging:
+                        own = {"seed": _full(seed, images), "policy": _full(lesson.policy, images)}
+                        generated.append(own | self.judged(self._as_images(images)))
                 del lesson  # its model would stay in memory while the next is learnt
             samples.append(found)
         settings = {**self.surveys[0].table.settings, "command": "run", "plan": self.plan.to_json()}

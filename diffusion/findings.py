@@ -219,7 +219,8 @@ def _sharpness(seeds: Sequence[Seed], bins: int, interval: Bootstrap) -> dict[st
 
     def by(columns: Sequence[Column], order: Column, shown: Column) -> dict[str, Any]:
         edges = np.unique(np.quantile(order, np.linspace(0, 1, bins + 1), method="higher"))  # fewer bins if ties fill some
-        places = [float(shown[bin_of(order, edges) == i].mean()) for i in range(len(edges) - 1)]
+        own = bin_of(order, edges)
+        places = [float(shown[own == i].mean()) for i in range(len(edges) - 1)]
         return of_bins(binned(columns, order, edges, interval)) | {"places": places}
 
     def perturbation(seed: Seed) -> Column:

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Int, Key, UInt8
 
 from diffusion.backend import compiler_options
+from diffusion.feed import filled_batches
 from diffusion.objective import Denoising
 from diffusion.pixels import to_bytes
 from diffusion.samplers import DDIM, Sampler, Samples, noise_function
@@ -77,23 +78,21 @@ def generate(
     """
     if count < 1 or batch < 1:
         raise ValueError(f"count = {count} and batch = {batch} must be at least 1")
-    batch = min(batch, count)
     images, evaluations = [], 0
-    for start in range(0, count, batch):
-        rows = np.minimum(np.arange(start, start + batch), count - 1)
+    for rows in filled_batches(count, batch):
         found = _batch(
             params,
             space,
             jax.tree.map(lambda array, rows=rows: jnp.asarray(array[rows]), asked),
             key,
-            jnp.arange(start, start + batch, dtype=jnp.int32),
+            jnp.asarray(rows),
             graphdef=graphdef,
             objective=objective,
             sampler=sampler,
             shape=shape,
             clip=clip,
         )
-        images.append(to_bytes(found.images)[: count - start])
+        images.append(to_bytes(found.images)[: count - rows[0]])
         evaluations = max(evaluations, int(found.evaluations))
         progress(len(images[-1]))
     return Generated(np.concatenate(images), evaluations)

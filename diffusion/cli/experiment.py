@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import numpy as np
 from cyclopts import Parameter
 
-from diffusion.cli.options import Device, configure, explained
+from diffusion.cli.options import Device, configure, explained, given
 from diffusion.cli.stable import made
 from diffusion.cli.watching import interruption, watching
 from diffusion.layout import Layout
@@ -71,9 +71,8 @@ def _numbers(option: str, text: str, kind: Callable[[str], Number] = int) -> tup
 
 
 def _changed(settings: Settings, steps: int | None, batch_size: int | None, layout: Layout) -> Settings:
-    given = {"steps": steps, "batch_size": batch_size}
-    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    return dataclasses.replace(settings, length=dataclasses.replace(settings.length, **changes), layout=layout)
+    length = dataclasses.replace(settings.length, **given(steps=steps, batch_size=batch_size))
+    return dataclasses.replace(settings, length=length, layout=layout)
 
 
 def trial_table() -> str:

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -34,6 +34,11 @@ def configure(device: Literal["cpu", "gpu", "tpu"] | None, distributed: bool = F
 
         jax.distributed.initialize()
     configure(Machine(device=device))
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """Those that are not None."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def images_of(data: str, classes: str | None, reading: Reading) -> Images:

@@ -4,12 +4,12 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 from cyclopts import Parameter
 
-from diffusion.cli.options import Device, configure, explained, images_of
+from diffusion.cli.options import Device, configure, explained, given, images_of
 from diffusion.cli.watching import interruption
 from hopjax.cli.options import Reading, UsageError
 from hopjax.cli.output import check_writable, write
@@ -53,9 +53,7 @@ def train_vae(
 
     with explained():
         small = miniature.SMALL_PIPELINE
-        given = {"steps": steps, "batch_size": batch_size, "kl": kl}
-        changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        training = dataclasses.replace(small.training, seed=seed, **changes)
+        training = dataclasses.replace(small.training, seed=seed, **given(steps=steps, batch_size=batch_size, kl=kl))
         with screen.working(f"reading {data}"):
             images = images_of(data, classes, reading)
         with interruption() as stop:

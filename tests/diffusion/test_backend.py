@@ -134,9 +134,10 @@ def test_small_images_are_convolved_by_the_taps_that_see_them(size, padding, str
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("size", [(3, 3), (3, 4), (4, 3)])
+@pytest.mark.parametrize("size", [(2, 2), (3, 2), (3, 3), (3, 4), (4, 3)])
 def test_small_images_and_cut_ones_are_doubled_as_they_are(size, key):
     """The four convolutions are for whole images, and add the taps of the kernel up: that has to pay."""
     x, kernel = draws(key, ((1, (size[0] + 1) // 2, (size[1] + 1) // 2, 3), (3, 3, 3, 2)))
     program = str(jax.make_jaxpr(lambda x, k: backend.convolve_doubled(x, k, size))(x, kernel))
-    assert program.count("conv_general_dilated[") == 1
+    # Fewer than nine pixels are a product with the taps that see them.
+    assert program.count("conv_general_dilated[") == (size[0] * size[1] >= 9)

@@ -61,8 +61,10 @@ def ran(as_run, tmp_path_factory):
         patch.chdir(folder)
         patch.setattr("diffusion.learner.run", counted)
         gc.disable()  # or what is kept would depend on when it runs
-        assert main(["run", *OPTIONS, "--out", "run"]) == 0
-        gc.enable()
+        try:
+            assert main(["run", *OPTIONS, "--out", "run"]) == 0
+        finally:
+            gc.enable()
     np.save(folder / "held.npy", held)
     return folder
 
