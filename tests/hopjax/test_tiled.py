@@ -453,8 +453,9 @@ def test_gradients_hold_tiles_not_pairs(name):
     needed = temporary_bytes(
         lambda x, y: jax.grad(lambda x, y: tiled.quantities(x, y, beta, [name])[name].sum(), (0, 1))(x, y), states, memories
     )
-    # A few tiles of 2048 × 1024, and a few arrays of the inputs' size.
-    assert needed < 4 * (6 * 2048 * 1024 + 8 * count * dim)
+    # Six tiles of 2048 × 1024 and twelve arrays of the inputs' size (XLA of jax 0.10 keeps nine, of jax 0.12 ten): pairs
+    # would be 190 tiles.
+    assert needed < 4 * (6 * 2048 * 1024 + 12 * count * dim)
     assert needed < 4 * count * count / 10
 
 
