@@ -10,7 +10,7 @@ temperature β = α²/σ², the signal-to-noise ratio: $-\beta^{-1}\log p_t$ is 
 $\Delta E = \beta^{-1}(\log p_1 - \log p_2)$ what a change of the model costs it (arXiv:2605.27975, Eq. 4).
 
 Estimates are random where a divergence is probed, a bound sampled or a byte dequantised. Each image has a key, and equal keys mean
-equal random numbers for whatever model: the noise of differences is far below that of likelihoods. Everything but `in_batches` is pure.
+equal random numbers for whatever model: the noise of differences is far below that of likelihoods. Everything but `InBatches` is pure.
 """
 
 import abc
@@ -26,6 +26,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key, PyTree, Shaped, UInt8
 
 from diffusion.backend import compiler_options
+from diffusion.feed import filled_batches
 from diffusion.samplers import Network, ProbabilityFlow, probability_flow
 from diffusion.schedules import Schedule
 
@@ -295,18 +296,12 @@ class InBatches(Generic[Params]):
 
         Raises: ValueError if there are no images.
         """
-        leaf = jax.tree.leaves(images)[0]
-        count = len(leaf)
-        if count == 0:
-            raise ValueError(f"need at least one image, got shape {leaf.shape}")
+        count = len(jax.tree.leaves(images)[0])
         parts = []
-        for first in range(0, count, self.size):
-            rows = np.arange(first, first + self.size)
-            # The last batch is filled up with its last image: one more shape would be one more compilation.
-            filled = np.minimum(rows, count - 1)
-            batch = jax.tree.map(lambda array, filled=filled: jnp.asarray(array[filled]), images)
+        for rows in filled_batches(count, self.size):
+            batch = jax.tree.map(lambda array, rows=rows: jnp.asarray(array[rows]), images)
             keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.asarray(rows))
             parts.append(jax.device_get(self._program(params, batch, keys)))
             if progress is not None:
-                progress(min(first + self.size, count), count)
+                progress(int(rows[-1]) + 1, count)
         return Draws(*(jnp.asarray(np.concatenate(column)[:count]) for column in zip(*parts, strict=True)))

@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Float32, Key, Shaped
 
 from diffusion.backend import compiler_options
+from diffusion.feed import filled_batches
 from diffusion.pixels import checked, to_model
 from diffusion.samplers import Network
 from diffusion.space import Space
@@ -103,18 +104,16 @@ class LatentCache:
             if not begun:
                 stream.write(header)
             progress(done)
-            for first in range(done, len(pixels), self.batch):
-                rows = np.arange(first, min(first + self.batch, len(pixels)))
-                stream.write(self._encoded(pixels, rows).tobytes())
+            for rows in filled_batches(len(pixels), self.batch)[done // self.batch :]:
+                new = 1 + rows[-1] - rows[0]  # the last batch is filled up
+                stream.write(self._encoded(pixels, rows)[:new].tobytes())
                 stream.flush()
                 os.fsync(stream.fileno())
-                progress(len(rows))
+                progress(int(new))
             partial.replace(file)
 
     def _encoded(self, pixels: Shaped[np.ndarray, "n h w c"], rows: np.ndarray) -> Float32[np.ndarray, "k _ _ m"]:
-        # The last batch is filled up with its last image: one more shape would be one more compilation.
-        filled = np.minimum(np.arange(rows[0], rows[0] + self.batch), rows[-1])
-        found = np.asarray(_encoder(self._graphdef)(self._params, jnp.asarray(pixels[filled])), np.float32)[: len(rows)]
+        found = np.asarray(_encoder(self._graphdef)(self._params, jnp.asarray(pixels[rows])), np.float32)
         finite = np.isfinite(found).all(axis=(1, 2, 3))
         if not finite.all():
             raise ValueError(
