@@ -59,7 +59,9 @@ def _leading_but_last(timesteps: int, steps: int, offset: int) -> Int[np.ndarray
 
 
 def _trailing(timesteps: int, steps: int, offset: int) -> Int[np.ndarray, " k"]:
-    return np.round(timesteps - np.arange(steps) * (timesteps / steps)).astype(int) - 1
+    # To the last bit as diffusers computes it, which decides how halves are rounded. For some numbers of steps it then has a timestep
+    # more, −1, at which no network was trained: it is left out.
+    return np.arange(timesteps, 0, -timesteps / steps).round().astype(int)[:steps] - 1
 
 
 def _trailing_evenly(timesteps: int, steps: int, offset: int) -> Int[np.ndarray, " k"]:
@@ -70,7 +72,7 @@ def _trailing_evenly(timesteps: int, steps: int, offset: int) -> Int[np.ndarray,
 
 
 def _linspace_but_last(timesteps: int, steps: int, offset: int) -> Int[np.ndarray, " k"]:
-    return np.round(np.linspace(timesteps - 1, 0, steps + 1)).astype(int)[:-1]
+    return np.linspace(0, timesteps - 1, steps + 1).round().astype(int)[:0:-1]  # halves are rounded as diffusers rounds them
 
 
 class _Method(NamedTuple):

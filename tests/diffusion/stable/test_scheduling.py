@@ -100,6 +100,27 @@ def test_samplings_are_values_that_start_with_pure_noise_and_stop_where_the_conf
         assert (sampling.start, sampling.stop, sampling.denoise) == (981, 0, False)
 
 
+# As diffusers' set_timesteps has them: of T timesteps those of n steps, downwards.
+SPACINGS = {
+    "leading": lambda total, steps: (np.arange(steps + 1) * (total // (steps + 1))).round()[::-1][:-1],
+    "linspace": lambda total, steps: np.linspace(0, total - 1, steps + 1).round()[::-1][:-1],
+    "trailing": lambda total, steps: np.arange(total, 0, -total / steps).round() - 1,
+}
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_timesteps_are_those_of_diffusers_for_every_number_of_steps(spacing):
+    scheduler = Scheduler.from_json(PUBLISHED | {"timestep_spacing": spacing, "steps_offset": 0}, "DPMSolverMultistepScheduler")
+    more = 0
+    for steps in range(1, 500 if spacing == "leading" else 1000):
+        found, expected = scheduler.sampling(steps).sampler.grid.timesteps, SPACINGS[spacing](1000, steps).astype(int).tolist()
+        if len(expected) > steps:  # one below 0, which the network does not know
+            assert expected.pop() == -1
+            more += 1
+        assert list(found) == expected, steps
+    assert more == (62 if spacing == "trailing" else 0)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
