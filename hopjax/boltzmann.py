@@ -171,8 +171,8 @@ class Reason(enum.IntEnum):
 
     def __str__(self) -> str:
         return (
-            "an EM step moves no memory by more than the tolerance",
-            "all steps were taken before an EM step moved the memories by less than the tolerance: take more, or loosen it",
+            "the memories are within the tolerance of a maximum",
+            "all steps were taken before the memories came within the tolerance of a maximum: take more, or loosen it",
             "the likelihood is not finite: samples or starting memories are not, or beta or the norm is not positive",
         )[self]
 
@@ -183,8 +183,8 @@ class Fit(NamedTuple):
     Attributes:
         memories: W.
         log_likelihood: mean log p of all samples at `memories`.
-        residual: the farthest that one more EM step moves a memory, in units of the samples' root mean square norm: zero at a
-            stationary point of the likelihood.
+        residual: how far the farthest memory is from a stationary point of the likelihood, in units of the samples' root mean square
+            norm: the sum of all further EM steps, estimated from two of them; infinite where these do not shrink.
         steps: steps taken.
         converged: whether the residual is within the tolerance.
         reason: a `Reason`.
@@ -201,11 +201,15 @@ class Fit(NamedTuple):
 
 
 class _Problem(NamedTuple):
-    """What a method maximises: the samples' likelihood under memories of this norm, or of any."""
+    """What a method maximises: the samples' likelihood under memories of this norm, or of any.
 
-    samples: Array
+    Attributes:
+        size: the samples' root mean square norm, in units of which memories move.
+    """
+
     beta: Array
     norm: ArrayLike | None
+    size: Array
 
     def maximise(self, mean: Array) -> Array:
         return maximisation(mean, self.beta, norm=self.norm)
@@ -214,24 +218,61 @@ class _Problem(NamedTuple):
         """Back to the norm that is asked for."""
         return memories if self.norm is None else self.maximise(memories)
 
-    def result(self, memories: Array, steps: Array, trace: Array, tolerance: float) -> Fit:
-        moments = expectation(self.samples, memories, self.beta)
-        residual = self.distance(memories, self.maximise(moments.mean))
-        converged = residual <= tolerance
-        finite = jnp.isfinite(moments.log_likelihood) & jnp.isfinite(residual)
-        reason = jnp.where(converged, Reason.CONVERGED.value, jnp.where(finite, Reason.STEPS.value, Reason.NOT_FINITE.value))
-        return Fit(memories, moments.log_likelihood, residual, steps, converged, reason, trace)
 
-    def distance(self, memories: Array, others: Array) -> Array:
-        size = jnp.sqrt(jnp.mean(jnp.sum(self.samples**2, axis=1)))
-        return jnp.max(jnp.linalg.norm(memories - others, axis=1)) / size
+class _Climb(NamedTuple):
+    """Where a climb has come to; what is not an attribute of `Fit`:
+
+    Attributes:
+        following: where one EM step takes the memories.
+        move: how far it takes the farthest one, in units of the samples' size.
+        ratio: how much of its length a step keeps: EM converges linearly, so all further ones add up to move/(1 − ratio).
+    """
+
+    memories: Array
+    following: Array
+    log_likelihood: Array
+    move: Array
+    ratio: Array
+    steps: Array
+    trace: Array
+
+    @property
+    def residual(self) -> Array:
+        return self.move / (1 - self.ratio)
+
+
+def _begin(start: Array, steps: int) -> _Climb:
+    """About to arrive at the start, with room for so many steps."""
+    zero = jnp.zeros((), start.dtype)
+    return _Climb(start, start, zero, zero, zero, jnp.int32(-1), jnp.full(steps, jnp.nan, start.dtype))
+
+
+def _advance(climb: _Climb, moments: Moments, problem: _Problem) -> _Climb:
+    """One step on; the moments are those at `climb.following`."""
+    memories, following = climb.following, problem.maximise(moments.mean)
+    size = jnp.where(problem.size == 0, 1.0, problem.size)
+    move = jnp.max(jnp.linalg.norm(following - memories, axis=1)) / size
+    ratio = jnp.where(move >= climb.move, 1.0, move / climb.move)
+    # At rounding steps shrink no further: what they did before still holds.
+    ratio = jnp.where(move > 8 * jnp.finfo(move.dtype).eps, ratio, jnp.minimum(ratio, climb.ratio))
+    steps = climb.steps + 1
+    trace = climb.trace.at[steps].set(moments.log_likelihood, mode="drop")
+    return _Climb(memories, following, moments.log_likelihood, move, ratio, steps, trace)
+
+
+def _result(climb: _Climb, tolerance: float) -> Fit:
+    converged = climb.residual <= tolerance
+    finite = jnp.isfinite(climb.log_likelihood) & jnp.isfinite(climb.move)
+    reason = jnp.where(converged, Reason.CONVERGED.value, jnp.where(finite, Reason.STEPS.value, Reason.NOT_FINITE.value))
+    trace = jnp.where(lax.iota(jnp.int32, climb.trace.shape[0]) < climb.steps, climb.trace, jnp.nan)
+    return Fit(climb.memories, climb.log_likelihood, climb.residual, climb.steps, converged, reason, trace)
 
 
 @runtime_checkable
 class Method(Protocol):
     """A way to climb the likelihood."""
 
-    def climb(self, key: Array, problem: _Problem, start: Array) -> Fit: ...
+    def climb(self, key: Array, samples: Array, problem: _Problem, start: Array) -> Fit: ...
 
 
 def _tolerance(given: float | None, dtype: jnp.dtype) -> float:
@@ -249,7 +290,7 @@ class EM:
 
     Attributes:
         max_steps: steps after which it gives up.
-        tolerance: bound on `Fit.residual`; default √eps, well below the sampling error of any data that fit in memory.
+        tolerance: bound on `Fit.residual`, the estimated distance from the maximum, however slowly it is approached; default √eps.
     """
 
     max_steps: int = 500
@@ -260,23 +301,18 @@ class EM:
             raise ValueError(f"max_steps={self.max_steps} must be at least 1")
         _check_tolerance(self.tolerance)
 
-    def climb(self, key: Array, problem: _Problem, start: Array) -> Fit:
+    def unfinished(self, climb: _Climb) -> Array:
+        """Whether another step is due."""
+        return (climb.residual > _tolerance(self.tolerance, climb.move.dtype)) & (climb.steps < self.max_steps) | (climb.steps < 0)
+
+    def climb(self, key: Array, samples: Array, problem: _Problem, start: Array) -> Fit:
         """See `fit`."""
-        tolerance = _tolerance(self.tolerance, start.dtype)
 
-        def unfinished(carry: tuple[Array, Array, Array, Array]) -> Array:
-            _, move, steps, _ = carry
-            return (move > tolerance) & (steps < self.max_steps)
+        def advance(climb: _Climb) -> _Climb:
+            return _advance(climb, expectation(samples, climb.following, problem.beta), problem)
 
-        def advance(carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
-            memories, _, steps, trace = carry
-            moments = expectation(problem.samples, memories, problem.beta)
-            following = problem.maximise(moments.mean)
-            return following, problem.distance(memories, following), steps + 1, trace.at[steps].set(moments.log_likelihood)
-
-        nothing = (jnp.full((), jnp.inf, start.dtype), jnp.int32(0), jnp.full(self.max_steps, jnp.nan, start.dtype))
-        memories, _, steps, trace = lax.while_loop(unfinished, advance, (start, *nothing))
-        return problem.result(memories, steps, trace, tolerance)
+        climb = lax.while_loop(self.unfinished, advance, _begin(start, self.max_steps))
+        return _result(climb, _tolerance(self.tolerance, start.dtype))
 
 
 @dataclass(frozen=True)
@@ -300,28 +336,31 @@ class Adam:
             raise ValueError(f"{self}: need steps ≥ 1, batch ≥ 1 and 0 < rate < ∞")
         _check_tolerance(self.tolerance)
 
-    def climb(self, key: Array, problem: _Problem, start: Array) -> Fit:
+    def climb(self, key: Array, samples: Array, problem: _Problem, start: Array) -> Fit:
         """See `fit`."""
-        count = problem.samples.shape[0]
+        count = samples.shape[0]
         slow, fast, tiny = 0.9, 0.999, 1e-8  # Kingma and Ba's
 
-        def loss(memories: Array, samples: Array) -> Array:
-            log_sum = jax.nn.logsumexp(problem.beta * _matmul(memories, samples.T), axis=0)
+        def loss(memories: Array, batch: Array) -> Array:
+            log_sum = jax.nn.logsumexp(problem.beta * _matmul(memories, batch.T), axis=0)
             return log_partition(memories, problem.beta) - jnp.mean(log_sum)
 
         def advance(carry: tuple[Array, Array, Array], step: Array) -> tuple[tuple[Array, Array, Array], Array]:
             memories, first, second = carry
-            samples = problem.samples[jax.random.randint(jax.random.fold_in(key, step), (self.batch,), 0, count)]
-            value, slope = jax.value_and_grad(loss)(memories, samples)
+            batch = samples[jax.random.randint(jax.random.fold_in(key, step), (self.batch,), 0, count)]
+            value, slope = jax.value_and_grad(loss)(memories, batch)
             first, second = slow * first + (1 - slow) * slope, fast * second + (1 - fast) * slope**2
             taken = step.astype(slope.dtype) + 1
             mean, square = first / (1 - slow**taken), second / (1 - fast**taken)
             following = problem.project(memories - self.rate * mean / (jnp.sqrt(square) + tiny))
-            return (following, first, second), -value - _radial(samples, problem.beta)
+            return (following, first, second), -value - _radial(batch, problem.beta)
 
         nothing = jnp.zeros_like(start)
         (memories, _, _), trace = lax.scan(advance, (start, nothing, nothing), jnp.arange(self.steps))
-        return problem.result(memories, jnp.int32(self.steps), trace, _tolerance(self.tolerance, start.dtype))
+        here = _advance(_begin(memories, 1), expectation(samples, memories, problem.beta), problem)
+        further = _advance(here, expectation(samples, here.following, problem.beta), problem)
+        end = here._replace(ratio=further.ratio, steps=jnp.int32(self.steps), trace=trace)
+        return _result(end, _tolerance(self.tolerance, start.dtype))
 
 
 def starting_memories(
@@ -390,5 +429,5 @@ def fit(
     check_rows(samples, start)
     if start.shape[0] != count:
         raise ValueError(f"start holds {start.shape[0]} memories and count={count}: need the same")
-    problem = _Problem(samples, _positive(beta, samples), norm)
-    return method.climb(climb, problem, problem.project(start))
+    problem = _Problem(_positive(beta, samples), norm, jnp.sqrt(jnp.mean(jnp.sum(samples**2, axis=1))))
+    return method.climb(climb, samples, problem, problem.project(start))

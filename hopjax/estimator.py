@@ -1,7 +1,8 @@
 """The Boltzmann machine as an estimator with scikit-learn's conventions, for data on the host of any size.
 
 Samples that fit on the device are learned from in one program, all starts at once; larger ones, in memory or mapped from a file, start
-from a part of them and are then streamed, block by block, once a step. scikit-learn itself is not needed.
+from a part of them and are then streamed, block by block, once a step. scikit-learn itself is not needed, unless its tools ask
+for the estimator's tags.
 """
 
 import inspect
@@ -9,6 +10,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from functools import partial
+from numbers import Integral, Real
 from typing import Any
 
 import jax
@@ -16,7 +18,21 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from hopjax.boltzmann import EM, Adam, Fit, Moments, Reason, _tolerance, expectation, fit, maximisation, responsibilities
+from hopjax.boltzmann import (
+    EM,
+    Adam,
+    Fit,
+    Moments,
+    Reason,
+    _advance,
+    _begin,
+    _Problem,
+    _result,
+    _tolerance,
+    expectation,
+    fit,
+    responsibilities,
+)
 from hopjax.energy import log_partition, sample_boltzmann
 from hopjax.tiled import MEMORY_LIMIT, summarise
 
@@ -33,17 +49,7 @@ def _best_fit(
     return jax.tree.map(lambda part: part[best], fits)
 
 
-@jax.jit
-def _e_step(samples: jax.Array, memories: jax.Array, beta: jax.Array) -> Moments:
-    return expectation(samples, memories, beta)
-
-
-@jax.jit
-def _m_step(mean: jax.Array, beta: jax.Array, norm: jax.Array | None) -> jax.Array:
-    return maximisation(mean, beta, norm=norm)
-
-
-_responsibilities = jax.jit(responsibilities)
+_e_step, _step, _responsibilities = jax.jit(expectation), jax.jit(_advance), jax.jit(responsibilities)
 
 
 def _blocks(samples: Samples, rows: int) -> Iterator[Samples]:
@@ -51,17 +57,34 @@ def _blocks(samples: Samples, rows: int) -> Iterator[Samples]:
 
 
 def _checked(X: ArrayLike) -> Samples:
-    """X as rows of floating-point numbers, all of them finite; raises ValueError otherwise. A mapped file stays one."""
+    """X as rows of single or double precision, all of them finite; raises ValueError otherwise. A mapped file of these stays one."""
     samples = np.asarray(X)
     if samples.ndim != 2 or 0 in samples.shape:
         raise ValueError(f"X has shape {samples.shape}: need (samples, dimension), neither of them 0")
-    if not np.issubdtype(samples.dtype, np.floating):
-        samples = samples.astype(float)
+    if samples.dtype not in (np.float32, np.float64):
+        samples = samples.astype(np.float32 if samples.dtype == np.float16 else np.float64)
     for start, part in enumerate(_blocks(samples, 1 << 16)):
         finite = np.isfinite(part).all(axis=1)
         if not finite.all():
             raise ValueError(f"row {(start << 16) + int(np.argmin(finite))} of X holds a number that is not finite")
     return samples
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and value is not True and value is not False
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, Real) and value is not True and 0 < float(value) < math.inf
+
+
+def _seed(random_state: int | np.random.RandomState | None) -> int:
+    """The seed itself, or one drawn from the generator, which for None is NumPy's global one."""
+    if random_state is None or isinstance(random_state, np.random.RandomState):
+        return int((random_state or np.random).randint(2**31))
+    if _is_whole(random_state) and 0 <= random_state < 2**32:
+        return int(random_state)
+    raise ValueError(f"random_state={random_state!r}: need a whole number from 0 to 2³² − 1, a numpy.random.RandomState, or None")
 
 
 class BoltzmannMachine:
@@ -73,7 +96,7 @@ class BoltzmannMachine:
         norm: the norm of all memories; None to learn norms, and with them the mixture's weights.
         method: `hopjax.boltzmann.EM()` or `Adam()`.
         n_init: starts, of which the one that reaches the largest likelihood is kept.
-        random_state: seed of everything that is random.
+        random_state: seed of everything that is random; or a `numpy.random.RandomState` to draw it from, by default of None NumPy's own.
         memory_limit: bytes of samples up to which they are learned from on the device; above, `EM` streams them.
 
     Attributes:
@@ -108,7 +131,7 @@ class BoltzmannMachine:
         norm: float | None = None,
         method: EM | Adam = EM(),
         n_init: int = 4,
-        random_state: int = 0,
+        random_state: int | np.random.RandomState | None = 0,
         memory_limit: int = MEMORY_LIMIT,
     ) -> None:
         self.n_memories = n_memories
@@ -137,25 +160,30 @@ class BoltzmannMachine:
         changed = (f"{name}={value!r}" for name, value in self.get_params().items() if value != defaults[name].default)
         return f"{type(self).__name__}({', '.join(changed)})"
 
+    def __sklearn_tags__(self) -> Any:
+        """What scikit-learn's pipelines and searches want to know: a density, of any numbers, without a target."""
+        from sklearn.utils import Tags, TargetTags
+
+        return Tags(estimator_type="density_estimator", target_tags=TargetTags(required=False))
+
     def fit(self, X: ArrayLike, y: object = None) -> "BoltzmannMachine":
         """Learns from the rows of X. Warns, in a line, if the fit has not converged; raises ValueError for input that cannot be used."""
         samples = _checked(X)
-        for name, value, fits in (
-            ("beta", self.beta, 0 < self.beta < math.inf),
-            ("norm", self.norm, self.norm is None or 0 < self.norm < math.inf),
-            ("n_init", self.n_init, self.n_init >= 1),
-            ("memory_limit", self.memory_limit, self.memory_limit > 0),
-        ):
-            if not fits:
-                raise ValueError(f"{name}={value} must be positive and finite")
-        if self.n_memories not in range(1, len(samples) + 1):  # nor 2.5
-            raise ValueError(f"n_memories={self.n_memories}: need a whole number from 1 to the {len(samples)} samples")
+        if not (_is_whole(self.n_memories) and 1 <= self.n_memories <= len(samples)):
+            raise ValueError(f"n_memories={self.n_memories!r}: need a whole number from 1 to the {len(samples)} samples")
+        for name, value in (("n_init", self.n_init), ("memory_limit", self.memory_limit)):
+            if not (_is_whole(value) and value >= 1):
+                raise ValueError(f"{name}={value!r}: need a whole number, 1 at least")
+        for name, number in (("beta", self.beta), ("norm", 1.0 if self.norm is None else self.norm)):
+            if not _is_positive(number):
+                raise ValueError(f"{name}={number!r}: need a number, positive and finite")
         if not isinstance(self.method, EM | Adam):
             raise ValueError(f"method={self.method!r}: need hopjax.boltzmann.EM() or Adam()")
+        seed = _seed(self.random_state)
         if samples.nbytes <= self.memory_limit:
-            found = self._fit_on_device(samples, self.n_init)
+            found = self._fit_on_device(samples, seed)
         elif isinstance(self.method, EM):
-            found = self._fit_streaming(samples, self.method)
+            found = self._fit_streaming(samples, self.method, seed)
         else:
             raise ValueError(f"{samples.nbytes} bytes of samples exceed memory_limit={self.memory_limit}: only EM streams them")
         self.memories_ = np.asarray(found.memories)
@@ -174,40 +202,24 @@ class BoltzmannMachine:
         """beta and norm as they go into a program that is compiled once for all of them."""
         return jnp.asarray(self.beta, dtype), None if self.norm is None else jnp.asarray(self.norm, dtype)
 
-    def _fit_on_device(self, samples: Samples, starts: int) -> Fit:
+    def _fit_on_device(self, samples: Samples, seed: int) -> Fit:
         x = jnp.asarray(samples)
         beta, norm = self._numbers(x.dtype)
-        return _best_fit(jax.random.key(self.random_state), x, beta, norm, self.n_memories, self.method, starts)
+        return _best_fit(jax.random.key(seed), x, beta, norm, self.n_memories, self.method, self.n_init)
 
-    def _fit_streaming(self, samples: Samples, method: EM) -> Fit:
+    def _fit_streaming(self, samples: Samples, method: EM, seed: int) -> Fit:
         """EM steps over blocks of all samples, from a fit to as many as the device may hold, chosen at random."""
         rows = max(self.n_memories, self.memory_limit // samples[:1].nbytes)
-        chosen = np.sort(np.random.default_rng(self.random_state).choice(len(samples), min(rows, len(samples)), replace=False))
-        memories = self._fit_on_device(np.asarray(samples[chosen]), self.n_init).memories
-        beta, norm = self._numbers(memories.dtype)
-        tolerance = _tolerance(method.tolerance, memories.dtype)
+        chosen = np.sort(np.random.default_rng(seed).choice(len(samples), min(rows, len(samples)), replace=False))
+        start = self._fit_on_device(np.asarray(samples[chosen]), seed).memories
+        beta, norm = self._numbers(start.dtype)
         size = math.sqrt(sum(float(np.sum(np.square(part))) for part in _blocks(samples, rows)) / len(samples))
-        trace: list[float] = []
-        while True:
-            moments = [(len(part) / len(samples), _e_step(jnp.asarray(part), memories, beta)) for part in _blocks(samples, rows)]
-            log_likelihood = sum(share * float(part.log_likelihood) for share, part in moments)
-            following = _m_step(sum(share * part.mean for share, part in moments), beta, norm)
-            residual = float(jnp.max(jnp.linalg.norm(following - memories, axis=1))) / size
-            if residual <= tolerance or len(trace) == method.max_steps or not math.isfinite(log_likelihood):
-                break
-            trace.append(log_likelihood)
-            memories = following
-        converged = residual <= tolerance
-        reason = Reason.CONVERGED if converged else Reason.STEPS if math.isfinite(log_likelihood) else Reason.NOT_FINITE
-        return Fit(
-            memories,
-            jnp.asarray(log_likelihood),
-            jnp.asarray(residual),
-            jnp.asarray(len(trace)),
-            jnp.asarray(converged),
-            jnp.asarray(int(reason)),
-            jnp.asarray(trace),
-        )
+        problem = _Problem(beta, norm, jnp.asarray(size, start.dtype))
+        climb = _begin(start, method.max_steps)
+        while method.unfinished(climb):
+            parts = [(len(part) / len(samples), _e_step(jnp.asarray(part), climb.following, beta)) for part in _blocks(samples, rows)]
+            climb = _step(climb, Moments(*(sum(share * part[field] for share, part in parts) for field in range(2))), problem)
+        return _result(climb, _tolerance(method.tolerance, start.dtype))
 
     def _known(self, X: ArrayLike) -> Samples:
         if not hasattr(self, "memories_"):
@@ -239,11 +251,11 @@ class BoltzmannMachine:
         found: NDArray[np.intp] = np.argmax(self._known(X) @ self.memories_.T, axis=1)
         return found
 
-    def sample(self, n_samples: int = 1, random_state: int | None = None) -> Samples:
-        """Exact draws from the learned density."""
+    def sample(self, n_samples: int = 1, random_state: int | np.random.RandomState | None = None) -> Samples:
+        """Exact draws from the learned density; by default with the estimator's own `random_state`."""
         if not hasattr(self, "memories_"):
             raise ValueError(f"{self} has not learned yet: call fit first")
         if n_samples < 1:
             raise ValueError(f"n_samples={n_samples} must be at least 1")
-        key = jax.random.key(self.random_state if random_state is None else random_state)
+        key = jax.random.key(_seed(self.random_state if random_state is None else random_state))
         return np.asarray(sample_boltzmann(key, jnp.asarray(self.memories_), self.beta, (n_samples,)))
