@@ -29,6 +29,7 @@ _POSITIVE = (
     "norm_eps",
 )
 # Options of diffusers for later networks, which newer versions write into every config.json: read where they say what version 1 does.
+# Where that is false, null says the same.
 _LATER: Mapping[str, Any] = types.MappingProxyType(
     {
         "only_cross_attention": False,
@@ -56,7 +57,7 @@ _LATER: Mapping[str, Any] = types.MappingProxyType(
         "projection_class_embeddings_input_dim": None,
         "attention_type": "default",
         "class_embeddings_concat": False,
-        "mid_block_only_cross_attention": None,
+        "mid_block_only_cross_attention": False,
         "cross_attention_norm": None,
         "addition_embed_type_num_heads": 64,
     }
@@ -108,7 +109,7 @@ class UNet2DConditionConfig:
         """
         check_class(fields, CLASS_NAME)
         for name, version_1 in _LATER.items():
-            if (value := fields.get(name, version_1)) != version_1:
+            if (value := fields.get(name, version_1)) != version_1 and (value is not None or version_1):
                 raise ValueError(f"{name} = {value!r} is not supported; what is: {version_1!r}")
         # What diffusers takes a missing field for, where that is not version 1.5.
         missing = {"sample_size": None, "cross_attention_dim": 1280}

@@ -265,12 +265,22 @@ def test_configurations_are_read_and_written(case):
     assert UNet2DConditionConfig.from_json(PUBLISHED) == UNet2DConditionConfig()
 
 
+@pytest.mark.parametrize("said", [None, False])
+def test_options_that_are_off_may_be_null(said):
+    names = ("upcast_attention", "dual_cross_attention", "only_cross_attention", "use_linear_projection", "resnet_skip_time_act")
+    off = dict.fromkeys((*names, "class_embeddings_concat", "mid_block_only_cross_attention"), said)
+    assert UNet2DConditionConfig.from_json(PUBLISHED | off) == UNet2DConditionConfig()
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"_class_name": "UNet2DModel"}, "a 'UNet2DModel', not a UNet2DConditionModel"),
         ({"cross_atention_dim": 768}, "unknown field 'cross_atention_dim'; did you mean 'cross_attention_dim'"),
         ({"use_linear_projection": True}, "use_linear_projection = True is not supported; what is: False"),
+        ({"upcast_attention": True}, "upcast_attention = True is not supported; what is: False"),
+        ({"mid_block_only_cross_attention": True}, "mid_block_only_cross_attention = True is not supported; what is: False"),
+        ({"conv_in_kernel": None}, "conv_in_kernel = None is not supported; what is: 3"),
         ({"num_class_embeds": 1000}, "num_class_embeds = 1000 is not supported; what is: None"),
         ({"attention_head_dim": [5, 10, 20, 20]}, r"attention_head_dim = \(5, 10, 20, 20\) must be int$"),
         ({"attention_head_dim": 7}, "320: not a multiple of attention_head_dim = 7"),
