@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import numpy as np
 from cyclopts import Parameter
 
-from diffusion.cli.options import Device, configure, explained, given
+from diffusion.cli.learning import Learning
+from diffusion.cli.options import Device, configure, explained
 from diffusion.cli.stable import made
 from diffusion.cli.watching import interruption, watching
 from diffusion.layout import Layout
@@ -27,6 +28,7 @@ from hopjax.cli.progress import Screen
 if TYPE_CHECKING:
     from diffusion.pipeline import Model as Base
     from diffusion.protocol import Plan
+    from diffusion.stable.pipeline import StableDiffusion
     from hopjax.cli.table import Table
     from hopjax.data import Images
 
@@ -70,11 +72,6 @@ def _numbers(option: str, text: str, kind: Callable[[str], Number] = int) -> tup
         raise UsageError(f"{option} {text} is no list of {what}: give some, such as {option} 0,1,2") from None
 
 
-def _changed(settings: Settings, steps: int | None, batch_size: int | None, layout: Layout) -> Settings:
-    length = dataclasses.replace(settings.length, **given(steps=steps, batch_size=batch_size))
-    return dataclasses.replace(settings, length=length, layout=layout)
-
-
 def trial_table() -> str:
     """The presets of `run`, for --help."""
     return "\n".join(
@@ -97,6 +94,9 @@ def run(
             help="Of sd-tiny and paper-sd: folder of a Stable Diffusion, or its name on the hub (default of sd-tiny: made of the data)."
         ),
     ] = None,
+    class_prompt: Annotated[
+        str | None, Parameter(help="Of sd-tiny and paper-sd: prompt of a class, {label} for its name (default: the empty prompt for all).")
+    ] = None,
     out: Annotated[Path | None, Parameter(help="Folder of the experiment (default: results/continual-PRESET).")] = None,
     policies: Annotated[
         str, Parameter(help="Ways of learning Task 2: none, high, random, low, stratified, coverage, generative, ewc, joint, continued.")
@@ -114,10 +114,8 @@ def run(
         float | None, Parameter(help="λ of policy ewc, how firmly parameters are held (default: about as much as learning takes them).")
     ] = None,
     tasks: Annotated[int, Parameter(name="--tasks", help="With --rotate: how many tasks, each turned by so many degrees more.")] = 2,
-    steps1: Annotated[int | None, Parameter(help="Steps of Task 1 (default: the preset's).")] = None,
-    steps2: Annotated[int | None, Parameter(help="Steps of Task 2 (default: the preset's).")] = None,
-    batch_size: Annotated[int | None, Parameter(help="Images in a step (default: the preset's).")] = None,
     save_every: Annotated[int, Parameter(help="Steps between two checkpoints.")] = 250,
+    learning: Learning = Learning(),
     choice: Choice = Choice(),
     temperature: Temperature = Temperature(),
     density: Density = Density(),
@@ -141,8 +139,11 @@ def run(
         raise UsageError(f"--preset {preset} needs DATA: name the images")
     if trial.weights == "given" and weights is None:
         raise UsageError(f"--preset {preset} needs --weights: name the folder of a Stable Diffusion")
-    if trial.weights == "none" and weights is not None:
-        raise UsageError(f"--weights {weights}: --preset {preset} learns pixels, from nothing; take --preset sd-tiny or paper-sd")
+    for name, given in (("--weights", weights), ("--class-prompt", class_prompt)):
+        if trial.weights == "none" and given is not None:
+            raise UsageError(f"{name} {given}: --preset {preset} learns pixels, from nothing; take --preset sd-tiny or paper-sd")
+    if trial.weights != "none" and learning.network is not None:
+        raise UsageError(f"--network {learning.network}: --preset {preset} has the network of its weights; leave it out")
     if not (choice.task2 or choice.task2_classes or choice.rotate is not None):
         choice = dataclasses.replace(choice, rotate=trial.rotate, task2_classes=trial.task2_classes)
     if reading.size is None and trial.size is not None:
@@ -151,7 +152,7 @@ def run(
     if not dry_run:
         check_writable("--out", out / TABLE)
     samples = trial.samples if samples is None else samples
-    for option, value in (("--draws", draws), ("--samples", samples), ("--steps1", steps1 or 1), ("--steps2", steps2 or 1)):
+    for option, value in (("--draws", draws), ("--samples", samples)):
         need(value >= 1, option, value, f"{option.removeprefix('--')} ≥ 1", 2)
     need(strength is None or 0 <= strength < math.inf, "--strength", strength, "0 ≤ strength < ∞", 300)
     need(tasks >= 2, "--tasks", tasks, "tasks ≥ 2", 2)
@@ -188,11 +189,11 @@ def run(
             betas=() if betas is None else _numbers("--betas", betas, float),
             densities=density.plan(trial.densities),
         )
-        first, later = (_changed(settings, steps, batch_size, layout) for settings, steps in ((trial.first, steps1), (trial.later, steps2)))
+        first, later = learning.first(trial.first, layout), learning.later(trial.later, layout)
         if dry_run:
-            return _dry_run(trial, weights, lessons, plan, first, later, screen)
+            return _dry_run(trial, weights, class_prompt, lessons, plan, first, later, screen)
         with interruption() as stop:
-            base = _base(trial, weights, out, lessons, screen, stop)
+            base = _base(trial, weights, class_prompt, out, lessons, screen, stop)
         if base is not None:
             config_of(Task(lessons[0], start=base), first)  # what does not fit is said before anything is computed
 
@@ -226,10 +227,10 @@ def run(
                 measured = Experiment(out, lessons, learner, plan, surveys, rows, latents=latents).run(stages(screen, stop))
             except Unfinished as unfinished:
                 raise KeyboardInterrupt(f"{unfinished}; the same command goes on from there") from None
-    learning = {"learning": {"first": first.to_json(), "later": later.to_json()}}
+    settings = {"learning": {"first": first.to_json(), "later": later.to_json()}}
     for name, found in ((TABLE, measured.samples), (TASKS, measured.tasks), (GENERATED, measured.generated)):
         if found is not None:
-            table.write(out / name, table.Table(found.columns, {**found.settings, **learning}))
+            table.write(out / name, table.Table(found.columns, {**found.settings, **settings}))
     sheets = io.BytesIO()
     np.savez_compressed(sheets, **measured.sheets)  # type: ignore[arg-type]
     write(out / SHEETS, sheets.getvalue())
@@ -259,13 +260,18 @@ def stages(screen: Screen, stop: Callable[[], bool]) -> Any:
 
 
 def _base(
-    trial: Trial, weights: str | None, out: Path, lessons: "Sequence[Images]", screen: Screen, stop: Callable[[], bool]
+    trial: Trial,
+    weights: str | None,
+    class_prompt: str | None,
+    out: Path,
+    lessons: "Sequence[Images]",
+    screen: Screen,
+    stop: Callable[[], bool],
 ) -> "Base | None":
     """What Task 1 starts from; None for random parameters. A pipeline that is made is made of the images of all tasks."""
     if trial.weights == "none":
         return None
     from diffusion.stable import miniature
-    from diffusion.stable.fine_tuning import fine_tuned
     from diffusion.stable.pipeline import StableDiffusion
 
     if weights is not None:
@@ -274,7 +280,20 @@ def _base(
     else:
         whole = dataclasses.replace(lessons[0], pixels=np.concatenate([task.pixels for task in lessons]), labels=None)
         pipeline = made(out / PIPELINE, whole, miniature.SMALL_PIPELINE, screen, stop)
-    return fine_tuned(pipeline, out / LATENTS)
+    return _fine_tuned(pipeline, out / LATENTS, lessons, class_prompt)
+
+
+def _fine_tuned(pipeline: "StableDiffusion", cache: Path, lessons: "Sequence[Images]", class_prompt: str | None) -> "Base":
+    from diffusion.stable.fine_tuning import fine_tuned
+
+    if class_prompt is None:
+        return fine_tuned(pipeline, cache)
+    names: dict[str, None] = {}
+    for task in lessons:
+        if task.labels is None:
+            raise UsageError(f"--class-prompt {class_prompt}: {task.source} has no classes; leave it out")
+        names |= dict.fromkeys(str(label) if task.classes is None else task.classes[label] for label in np.unique(task.labels))
+    return fine_tuned(pipeline, cache, classes=tuple(names), prompt=class_prompt)
 
 
 def _latents(base: Any, images: "Images", screen: Screen) -> "Images":
@@ -288,6 +307,7 @@ def _latents(base: Any, images: "Images", screen: Screen) -> "Images":
 def _dry_run(
     trial: Trial,
     weights: str | None,
+    class_prompt: str | None,
     lessons: "Sequence[Images]",
     plan: "Plan",
     first: Settings,
@@ -298,13 +318,12 @@ def _dry_run(
     if trial.weights == "none":
         return _plan(lessons, None, plan, first, later, screen)
     from diffusion.stable import miniature
-    from diffusion.stable.fine_tuning import fine_tuned
     from diffusion.stable.pipeline import StableDiffusion
 
     small = miniature.SMALL_PIPELINE
     with tempfile.TemporaryDirectory() as folder:
         pipeline = small.untrained() if weights is None else StableDiffusion.from_folder(weights, abstract_unet=True)
-        return _plan(lessons, fine_tuned(pipeline, folder), plan, first, later, screen, timed=weights is None)
+        return _plan(lessons, _fine_tuned(pipeline, Path(folder), lessons, class_prompt), plan, first, later, screen, timed=weights is None)
 
 
 def _plan(

@@ -25,12 +25,12 @@ from diffusion.settings import Length, Network, Noise, Settings
 from diffusion.stable import miniature
 from diffusion.stable.autoencoder import AutoencoderKL
 from diffusion.stable.autoencoding import Autoencoding, fidelity
-from diffusion.stable.fine_tuning import fine_tuned
+from diffusion.stable.fine_tuning import LatentModel, fine_tuned
 from diffusion.stable.miniature import Miniature, byte_tokenizer
 from diffusion.stable.pipeline import StableDiffusion
 from diffusion.trials import TRIALS, Trial
 from hopjax.cli import table
-from hopjax.cli.options import Choice, Machine, Reading, Temperature
+from hopjax.cli.options import Choice, Machine, Reading, Temperature, UsageError
 from hopjax.cli.options import Model as Priors
 from hopjax.cli.progress import Screen
 from hopjax.cli.survey import survey
@@ -130,6 +130,8 @@ def test_fidelity_is_that_of_its_definition():
             ["run", "--preset", "sd-tiny", "--weights", "small/unet"],
             "small/unet is the folder of a UNet2DConditionModel, not of a pipeline",
         ),
+        (["run", "--preset", "sd-tiny", "--weights", "small", "--network", "digits"], "--preset sd-tiny has the network of its weights"),
+        (["run", "--preset", "sd-tiny", "--weights", "small", "--class-prompt", "a digit"], "says the same of all classes"),
         (["run", "--preset", "sd-tiny", "--weights", "small", "--grey"], "takes 3 channels, the images have 1"),
         (["run", "--preset", "sd-tiny", "--weights", "small", "--image-size", "7"], "images of 7 × 7 are not decoded from latents"),
         (["train-vae", "stripes.npz", "--out", "small", "--steps", "9"], "small was made with other settings: training.steps: 10, now 9"),
@@ -204,6 +206,18 @@ def test_findings_tell_how_well_they_predict_and_how_far_they_agree():
         assert value == pytest.approx(stats.spearmanr(latent[rows], rise).statistic, rel=1e-9)
 
 
+@pytest.mark.usefixtures("here")
+def test_each_class_has_a_prompt_if_one_is_asked_for():
+    tasks = [stripes(8), dataclasses.replace(stripes(8), labels=np.full(8, 3), classes=None)]
+    small = StableDiffusion.from_folder("small")
+    base = experiment._fine_tuned(small, Path("latents"), tasks, "{label}!")
+    assert isinstance(base, LatentModel)
+    assert base.classes == ("up", "flat", "3")
+    assert base.batch(tasks[1], pixels=False).prompt.tolist() == [3] * 8
+    with pytest.raises(UsageError, match="has no classes; leave it out"):
+        experiment._fine_tuned(small, Path("latents"), [dataclasses.replace(tasks[0], labels=None)], "{label}")
+
+
 # ---- Dry runs, and the whole -------------------------------------------------------------------------------------------------
 
 
@@ -236,6 +250,10 @@ def test_the_whole_experiment_makes_its_pipeline_once_and_goes_on(capsys, monkey
         "bound",
         "--beta",
         "30",
+        "--class-prompt",
+        "{label}!",
+        "--optimiser",
+        "adafactor",
         "--out",
         "run",
     ]
