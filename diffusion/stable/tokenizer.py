@@ -7,9 +7,9 @@ transformers does not since version 5, nor did its tokenizer in Rust before.)
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
@@ -35,6 +35,26 @@ _ALLOWED = {
     "eos_token": (END,),
     "pad_token": (END,),
     "unk_token": (END,),
+}
+
+
+def _contents(tokens: Any) -> list[Any]:
+    """Of a list of tokens, or of numbers with their tokens."""
+    entries = tokens.values() if isinstance(tokens, dict) else tokens if isinstance(tokens, list) else ()
+    return [entry.get("content") for entry in entries if isinstance(entry, dict)]
+
+
+def _after_the_end(vocabulary: Mapping[str, Any]) -> list[str]:
+    end = vocabulary.get(END)
+    return [token for token, number in vocabulary.items() if isinstance(end, int) and isinstance(number, int) and number > end]
+
+
+# Where transformers writes down tokens that were added, and which those are.
+_ADDITIONS: dict[str, Callable[[dict[str, Any]], Iterable[Any]]] = {
+    "added_tokens.json": lambda fields: fields,
+    _SETTINGS: lambda fields: _contents(fields.get("added_tokens_decoder")),
+    _WHOLE: lambda fields: _contents(fields.get("added_tokens")),
+    _VOCABULARY: _after_the_end,
 }
 
 
@@ -66,11 +86,11 @@ class Tokenizer:
         if sorted(vocabulary.values()) != list(range(len(vocabulary))):
             raise ValueError(f"the {len(vocabulary)} tokens of the vocabulary must be numbered from 0, each once")
         symbols = [byte + end for byte in pre_tokenizers.ByteLevel.alphabet() for end in ("", "</w>")]
-        lost = [token for token in (*sorted(symbols), BEGIN) if token not in vocabulary]
+        lost = [token for token in (*sorted(symbols), BEGIN, END) if token not in vocabulary]
         if lost:
             raise ValueError(f"the vocabulary lacks {len(lost)} of the tokens that every CLIP vocabulary has, {lost[0]} among them")
         # The text encoder finds a prompt's end by its being the largest.
-        if vocabulary.get(END) != len(vocabulary) - 1:
+        if vocabulary[END] != len(vocabulary) - 1:
             raise ValueError(f"the vocabulary's last token must be {END}")
         try:
             model = models.BPE(vocab=dict(vocabulary), merges=list(merges), unk_token=END, end_of_word_suffix="</w>")
@@ -94,15 +114,19 @@ class Tokenizer:
     def __call__(self, prompts: Sequence[str]) -> Tokens:
         """The tokens of each prompt, int32, and what was cut off.
 
-        Raises: ValueError for half a surrogate pair in a prompt, or a single string instead of a sequence of them.
+        Raises: ValueError for half a surrogate pair in a prompt, or anything but a sequence of strings.
         """
         if isinstance(prompts, str):
             raise ValueError("prompts must be a sequence of strings, not one string: put it into a list")
+        if not isinstance(prompts, Iterable):
+            raise ValueError(f"prompts = {prompts!r} must be a sequence of strings")
         ids = np.full((len(prompts), self.length), self._end, np.int32)
         ids[:, 0] = self._begin
         room = self.length - 2
         cut = []
         for row, (number, prompt) in zip(ids, enumerate(prompts, 1), strict=True):
+            if not isinstance(prompt, str):
+                raise ValueError(f"prompt {number} is {prompt!r}, not a string")
             try:
                 prompt.encode()
             except UnicodeEncodeError as error:
@@ -117,9 +141,10 @@ class Tokenizer:
 def read_tokenizer(folder: str | os.PathLike[str], *, length: int = 77) -> Tokenizer:
     """The tokenizer in a folder of transformers: vocab.json and merges.txt, or tokenizer.json; `length` as for `Tokenizer`.
 
-    Raises: ValueError in one line if a file is missing, damaged, or of another kind of tokenizer.
+    Raises: ValueError in one line if a file is missing, damaged, or of another kind of tokenizer, or if tokens were added.
     """
     folder = Path(folder)
+    refuse_added_tokens(folder)
     if (folder / _SETTINGS).is_file():
         settings = read_json(folder / _SETTINGS)
         for name, allowed in _ALLOWED.items():
@@ -142,7 +167,7 @@ def read_tokenizer(folder: str | os.PathLike[str], *, length: int = 77) -> Token
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{folder} is no folder of a tokenizer: cannot read {_MERGES} ({error})") from error
         # By line feeds alone: some tokens hold other characters that end lines. The first line may name the format's version.
-        pairs = [line.split(" ") for line in text.removesuffix("\n").split("\n") if not line.startswith("#version")]
+        pairs = [line.split(" ") for line in text.rstrip("\n").split("\n") if not line.startswith("#version")]
     if not isinstance(vocabulary, dict) or not all(isinstance(number, int) for number in vocabulary.values()):
         raise ValueError(f"{folder}: the vocabulary must give every token a whole number")
     merges = []
@@ -154,3 +179,14 @@ def read_tokenizer(folder: str | os.PathLike[str], *, length: int = 77) -> Token
         return Tokenizer(vocabulary, merges, length=length)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
+
+
+def refuse_added_tokens(folder: Path) -> None:
+    """Raise a ValueError that names them if a folder of transformers has tokens beyond CLIP's, as textual inversion adds them."""
+    for name, tokens_in in _ADDITIONS.items():
+        if not (folder / name).is_file():
+            continue
+        added = sorted({str(token) for token in tokens_in(read_json(folder / name))} - {BEGIN, END})
+        if added:
+            more = f" and {len(added) - 5} more" if len(added) > 5 else ""
+            raise ValueError(f"{folder / name}: added tokens are not supported: {', '.join(map(repr, added[:5]))}{more}")

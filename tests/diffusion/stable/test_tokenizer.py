@@ -174,6 +174,7 @@ def test_a_folder_as_transformers_5_writes_it(published, tokenizer, tmp_path):
         ("vocab.json", lambda text: text[:-10], "vocab.json is not JSON"),
         ("vocab.json", lambda text: text.replace(": 7,", ': "7",', 1), "must give every token a whole number"),
         ("vocab.json", lambda text: text.replace(": 7,", ": 8,", 1), "must be numbered from 0, each once"),
+        ("vocab.json", lambda text: text.replace('"<|endoftext|>"', '"<e>"'), r"lacks 1 of the tokens .* <\|endoftext\|> among them"),
         ("vocab.json", lambda text: text.replace('"<|startoftext|>"', '"<s>"'), r"lacks 1 of the tokens .* <\|startoftext\|> among them"),
         (
             "vocab.json",
@@ -198,7 +199,42 @@ def test_folders_that_do_not_do_are_refused_in_one_line(published, tmp_path, fil
     assert "\n" not in str(caught.value)
 
 
+def plain(added):
+    """As transformers 4 and 5 write down the tokens that every CLIP vocabulary has, and more."""
+    tokens = {49406: "<|startoftext|>", 49407: "<|endoftext|>", **dict(enumerate(added, 49408))}
+    entries = {number: {"content": token, "special": number < 49408} for number, token in tokens.items()}
+    return {
+        "added_tokens.json": {token: number for number, token in tokens.items()},
+        "tokenizer_config.json": {"added_tokens_decoder": entries},
+        "tokenizer.json": {"added_tokens": [{"id": number} | entry for number, entry in entries.items()]},
+        "vocab.json": vocabulary() | {token: number for number, token in enumerate(added, 49408)},
+    }
+
+
+@pytest.mark.parametrize("file", plain([]))
+def test_tokens_that_were_added_are_named(published, tmp_path, file):
+    folder = Path(shutil.copytree(published, tmp_path / "tokenizer"))
+    (folder / file).write_text(json.dumps(plain([])[file]))
+    assert list(read_tokenizer(folder)(["a"]).ids[0, :3]) == [49406, 320, 49407]
+    for added, named in ((["<toy>"], "'<toy>'"), ([f"<{i}>" for i in range(7)], "'<0>', '<1>', '<2>', '<3>', '<4>' and 2 more")):
+        (folder / file).write_text(json.dumps(plain(added)[file]))
+        with pytest.raises(ValueError, match=f"{file}: added tokens are not supported: {named}$"):
+            read_tokenizer(folder)
+
+
+def test_a_blank_last_line_of_merges_is_no_merge(published, tokenizer, tmp_path):
+    folder = Path(shutil.copytree(published, tmp_path / "tokenizer"))
+    with (folder / "merges.txt").open("a") as file:
+        file.write("\n\n")
+    np.testing.assert_array_equal(read_tokenizer(folder)(CURIOUS).ids, tokenizer(CURIOUS).ids)
+
+
+@pytest.mark.usefixtures("unchecked")
 def test_what_is_no_prompt_is_refused(tokenizer):
+    with pytest.raises(ValueError, match=r"^prompts = None must be a sequence of strings$"):
+        tokenizer(None)
+    with pytest.raises(ValueError, match=r"^prompt 2 is None, not a string$"):
+        tokenizer(["fine", None])
     with pytest.raises(ValueError, match="prompt 2 is not text: half a surrogate pair at character 3"):
         tokenizer(["fine", "ab\ud83d"])
     with pytest.raises(ValueError, match="put it into a list"):
