@@ -12,7 +12,7 @@ to ℓ, so it keeps its digits where the own weight rounds to one. Source: arXiv
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,10 @@ class Moments(NamedTuple):
     closest: Float[Array, " n"] | None = None
 
 
-def _known(field: Array | None) -> Array:
+_Field = TypeVar("_Field")
+
+
+def _known(field: _Field | None) -> _Field:
     assert field is not None, "a moment that was not asked for"
     return field
 
@@ -104,18 +107,26 @@ def of_tile(
         found = jnp.min(jnp.where(values == best[:, None], index[None], NO_INDEX), axis=1)
         return jnp.where(jnp.isfinite(best), found, NO_INDEX)  # no memory counts, or a number is none
 
-    def distances() -> Array:
-        squared = squares[None] + (jnp.sum(states**2, axis=1)[:, None] - 2 * overlaps)
-        return jnp.where(logits > -jnp.inf, jnp.maximum(squared, 0.0), jnp.inf)
+    def nearest() -> tuple[Array, Array]:
+        """Which memory it is, found after a common shift, which leaves little to cancel; and its squared distance, taken directly."""
+        centre = jnp.mean(jnp.where(jnp.isfinite(states), states, 0.0), axis=0)[None]
+        x, y = states - centre, memories - centre
+        squared = jnp.sum(y**2, axis=1)[None] + (jnp.sum(x**2, axis=1)[:, None] - 2 * lax.optimization_barrier(_matmul(x, y.T)))
+        squared = jnp.where(logits > -jnp.inf, squared, jnp.inf)
+        least = jnp.min(squared, axis=1)
+        found = where_best(squared, least)
+        away = states - jnp.take(memories, found - first, axis=0, mode="clip")
+        return found, jnp.where(found == NO_INDEX, least, jnp.sum(away**2, axis=1))
 
+    neighbour = nearest() if "closest" in needs else None
     fields: dict[str, Callable[[], Array]] = {
         "logit": lambda: jnp.sum(w * jnp.where(w > 0, below, 0.0), axis=1),
         "radial": lambda: jnp.sum(w * (overlaps - jnp.sum(states**2, axis=1)[:, None]) ** 2, axis=1),
         "square": lambda: _matmul(w, squares),
         "mean": lambda: _matmul(w, memories),
         "heaviest": lambda: where_best(logits, largest),
-        "nearest": lambda: where_best(distances(), jnp.min(distances(), axis=1)),
-        "closest": lambda: jnp.min(distances(), axis=1),
+        "nearest": lambda: _known(neighbour)[0],
+        "closest": lambda: _known(neighbour)[1],
     }
     return Moments(top, jnp.sum(w, axis=1), **{name: fields[name]() for name in needs})
 

@@ -6,12 +6,13 @@ kept is in `hopjax.moments`; many devices are in `hopjax.mesh`. Source: arXiv:26
 
 Accuracy: with R the largest norm, logits carry an error of a few eps·βR² from their products, as in the one-shot formulas, and so do
 exponents and entropies; energies a few eps·(R² + (log m + number of tiles)/β); the Hessian's trace a few eps·βR²·ℓ with ℓ the weight of
-the memories other than the state's own, sharpness and rise R² times that plus eps·dR².
+the memories other than the state's own, sharpness and rise R² times that plus eps·dR². The distance is that of the memory named as
+nearest, relative to a few eps: another may be nearer by a few eps·r², r the largest distance from the mean of the states of a block.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import jax
@@ -82,13 +83,14 @@ def plan(count: int, memories: Rows, needs: Collection[str], memory_limit: int, 
     wanted = tile or default_tile()
     states, columns = min(wanted.states, count), min(wanted.memories, total)
     on_device = isinstance(memories, Array)
+    shifted = "closest" in needs  # states, memories and overlaps a second time
     # A state: itself and its results; its mean memory as it is carried, added to, scaled and handed out.
-    per_state = item * (dim * (6 if "mean" in needs else 2) + 24)
+    per_state = item * (dim * (2 + 4 * ("mean" in needs) + 2 * shifted) + 24)
     per_memory = 0 if on_device else 2 * item * (dim + 1)  # one block is computed with while the next arrives
 
     def held(states: int, columns: int, memories: int) -> int:
         # Of a tile: overlaps, weights, and what a reduction holds in between.
-        return 3 * item * states * columns + 2 * item * columns * dim + states * per_state + memories * per_memory
+        return item * columns * (states * (3 + 2 * shifted) + dim * (2 + shifted)) + states * per_state + memories * per_memory
 
     while tile is None and held(states, columns, columns) > memory_limit and states * columns > 64:
         states, columns = (states, -(-columns // 2)) if columns > states else (-(-states // 2), columns)
@@ -100,25 +102,15 @@ def plan(count: int, memories: Rows, needs: Collection[str], memory_limit: int, 
     return Sizes(states, columns, min(total, (memory_limit - held(states, columns, 0)) // per_memory // columns * columns))
 
 
-class _Programs(NamedTuple):
-    """What runs on the device: moments over nothing, over a further piece of the memories, and the quantities' formulas."""
-
-    none: Callable[..., Moments]
-    step: Callable[..., Moments]
-    finish: Callable[..., dict[str, Array]]
+# What runs on the device: moments over nothing, over a further piece of the memories, and the quantities' formulas.
+_none = jax.jit(empty, static_argnames="needs")
+_step = jax.jit(accumulate, static_argnames=("needs", "rows"), donate_argnames="moments")
 
 
-@cache
-def _programs() -> _Programs:
-    def finish(moments: Moments, states: Array, beta: Array, own_log_prior: Array | None, names: tuple[str, ...]) -> dict[str, Array]:
-        soft = Softmax(moments, states, beta, own_log_prior)
-        return {name: QUANTITIES[name].of(soft) for name in names}
-
-    return _Programs(
-        jax.jit(empty, static_argnums=1),
-        jax.jit(accumulate, static_argnames=("needs", "rows"), donate_argnames="moments"),
-        jax.jit(finish, static_argnames="names"),
-    )
+@partial(jax.jit, static_argnames="names")
+def _finish(moments: Moments, states: Array, beta: Array, own_log_prior: Array | None, names: tuple[str, ...]) -> dict[str, Array]:
+    soft = Softmax(moments, states, beta, own_log_prior)
+    return {name: QUANTITIES[name].of(soft) for name in names}
 
 
 def stream(
@@ -216,7 +208,6 @@ def _blocks(
     sizes: Sizes,
     start: int,
 ) -> Iterator[Block]:
-    none, step, finish = _programs()
     b = np.asarray(beta, feed.prior.dtype)
     for first, begun, end in pieces(len(states), sizes.states, start):
         x = jnp.asarray(states[first:end], b.dtype)
@@ -224,12 +215,12 @@ def _blocks(
         if own is not None:
             _check_stored(states, feed.memories, own, begun, end)
             me, own_prior = own[first:end].astype(np.int32), feed.prior[own[first:end]]
-        moments = none(x, needs)
+        moments = _none(x, needs)
         for place, offset, memories in feed:
             # The step before was computed while this piece arrived; no more than two are held.
             jax.block_until_ready(moments)
-            moments = step(moments, x, memories, b, offset, me, needs=needs, rows=sizes.tile, first=place)
-        values = finish(moments, x, b, own_prior, names=quantities)
+            moments = _step(moments, x, memories, b, offset, me, needs=needs, rows=sizes.tile, first=place)
+        values = _finish(moments, x, b, own_prior, names=quantities)
         yield Block(slice(begun, end), {name: np.asarray(value)[begun - first :] for name, value in values.items()})
 
 

@@ -198,6 +198,35 @@ def test_ties_go_to_the_smallest_index_whatever_the_tile():
         assert list(found["heaviest"]) == list(found["nearest"]) == [1, 0]
 
 
+@pytest.mark.parametrize("offset", [0.0, 100.0, 1e4])
+@pytest.mark.parametrize("tile", [Tile(500, 300), Tile(128, 64)])
+def test_neighbours_and_their_distances_survive_a_common_offset(offset, tile):
+    """In float32, squares of 10⁵ and more: expanded about the origin, distances would be rounding, and those of duplicates not zero."""
+    rng = np.random.default_rng(0)
+    memories = rng.standard_normal((500, 16))
+    memories = (memories / np.linalg.norm(memories, axis=1, keepdims=True) + offset).astype(np.float32)
+    memories[250:300] = memories[:50]
+    found = tiled.summarise(memories, memories, 1e-4, ["nearest", "distance"], own=np.arange(500), tile=tile)
+    wide = memories.astype(float)
+    distances = np.linalg.norm(wide[:, None] - wide[None], axis=2)
+    np.fill_diagonal(distances, np.inf)
+    # Shifted by the mean of a block's states, norms are near one.
+    assert np.all(distances[np.arange(500), found["nearest"]] ** 2 <= distances.min(axis=1) ** 2 + 16 * 1.2e-7)
+    np.testing.assert_array_equal(found["nearest"][:50], np.arange(250, 300))
+    np.testing.assert_array_equal(found["distance"][:50], 0)
+    np.testing.assert_allclose(found["distance"], distances[np.arange(500), found["nearest"]], rtol=4 * 1.2e-7)
+
+
+def test_a_state_that_is_not_finite_leaves_the_others_their_neighbours():
+    states = landscape(5, 3, seed=1)
+    expected = tiled.summarise(states, landscape(9, 3), 2.0, ["nearest", "distance"])
+    states[2], states[3, 1] = np.nan, np.inf
+    found = tiled.summarise(states, landscape(9, 3), 2.0, ["nearest", "distance"])
+    for name, values in found.items():
+        np.testing.assert_array_equal(values[[0, 1, 4]], expected[name][[0, 1, 4]])
+    assert list(found["nearest"][2:4]) == [-1, -1]
+
+
 @given(problems(stored=True, most_steep=1e3), seeds())
 @settings(max_examples=30)
 def test_order_and_tiles_do_not_matter(problem, seed):
@@ -428,16 +457,17 @@ def shaped(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def test_the_compiled_program_keeps_the_limit_at_60000_images():
+@pytest.mark.parametrize("needs", [("mean", "radial", "square"), ("closest", "nearest"), ("closest", "mean", "nearest")])
+def test_the_compiled_program_keeps_the_limit_at_60000_images(needs):
     count, dim = 60_000, 784
     memories = np.broadcast_to(np.float32(0), (count, dim))
-    sizes = tiled.plan(count, memories, ("mean", "radial", "square"), tiled.MEMORY_LIMIT, None)
+    sizes = tiled.plan(count, memories, needs, tiled.MEMORY_LIMIT, None)
     states = jnp.zeros((sizes.states, dim), jnp.float32)
-    moments = jax.eval_shape(lambda x: empty(x, ("mean", "radial", "square")), states)
-    step: Any = tiled._programs().step
+    moments = jax.eval_shape(lambda x: empty(x, needs), states)
+    step: Any = tiled._step
     program = step.lower(
         moments, shaped(sizes.states, dim), shaped(sizes.memories, dim), shaped(), shaped(sizes.memories), None,
-        needs=("mean", "radial", "square"), rows=sizes.tile, first=0,
+        needs=needs, rows=sizes.tile, first=0,
     )  # fmt: skip
     memory = program.compile().memory_analysis()
     held = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
@@ -508,7 +538,7 @@ def test_blocks_go_on_where_an_interrupted_run_stopped():
 
 def test_one_program_serves_all_blocks():
     memories = landscape(61, 7).astype(np.float32)
-    step: Any = tiled._programs().step
+    step: Any = tiled._step
     tiled.summarise(memories, memories, 9.0, ["energy"], tile=Tile(16, 8), memory_limit=1 << 16)
     before = step._cache_size()
     tiled.summarise(memories, memories, 4.0, ["energy"], tile=Tile(16, 8), memory_limit=1 << 16)
