@@ -189,6 +189,14 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
+def refuse_single_file(place: Path) -> None:
+    """Raise a ValueError that says how to convert it if `place` is a checkpoint of all networks in one file, or a folder that holds one."""
+    for file in sorted(place.iterdir()) if place.is_dir() else [place]:
+        names = _open(file).keys() if file.suffix == ".safetensors" else ()
+        if file.suffix == ".ckpt" or any(name.startswith(_SINGLE_FILE) for name in names):
+            raise ValueError(_conversion(file))
+
+
 def _conversion(file: Path) -> str:
     pickled = (
         "a pickle, which could run code, and is not read" if file.suffix in _PICKLES else "in the layout of its authors, which is not read"
@@ -263,7 +271,8 @@ def read_network(
 ) -> Model:
     """The network in a folder: `make` of what `config` makes of its config.json, with its weights; `ignored` as for `read_tensors`.
 
-    Weights are in the file called `weights`, or in the shards that an index of that name lists, or in the file of float16 numbers.
+    Weights are in the file called `weights`, or in the shards that an index of that name lists; where neither is there, in either of
+    float16 numbers.
 
     Raises: ValueError in one line if a file is missing, damaged, or not of this architecture.
     """
@@ -277,20 +286,24 @@ def read_network(
 
 
 def _weights_in(folder: Path, weights: str) -> Path:
-    found = [folder / name for name in (weights, f"{weights}.index.json") if (folder / name).is_file()]
-    if len(found) > 1:
-        raise ValueError(f"{folder} has both {weights} and an index of shards: remove the one that does not count")
-    half = folder / f"{weights.removesuffix('.safetensors')}.fp16.safetensors"
-    if found or half.is_file():
-        return found[0] if found else half
-    pickled = [path.name for path in sorted(folder.iterdir()) if path.suffix in _PICKLES]
+    half = f"{weights.removesuffix('.safetensors')}.fp16.safetensors"
+    # The last is what diffusers wrote before it wrote the one before.
+    halves = (half, f"{weights}.index.fp16.json", f"{weights}.fp16.index.json")
+    for names in ((weights, f"{weights}.index.json"), halves):
+        found = [name for name in names if (folder / name).is_file()]
+        if len(found) > 1:
+            raise ValueError(f"{folder} has both {' and '.join(found)}: remove the one that does not count")
+        if found:
+            return folder / found[0]
+    others = [path.name for path in folder.iterdir() if path.suffix in (".safetensors", *_PICKLES)]
+    there = f"; what is there: {_listing(others)}" if others else ""
     hint = (
-        f"; {pickled[0]} is a pickle, which could run code and is not read: convert it to safetensors (from_pretrained of the library "
-        "that wrote it, then save_pretrained)"
-        if pickled
+        "; pickles could run code and are never read: convert them to safetensors (from_pretrained of the library that wrote them, then "
+        "save_pretrained)"
+        if any(name.endswith(_PICKLES) for name in others)
         else ""
     )
-    raise ValueError(f"{folder} has no {weights}{hint}")
+    raise ValueError(f"{folder} has no {weights}{there}{hint}")
 
 
 def read_unet(folder: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32, remat: bool = False) -> UNet:

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from diffusion.layers import initialise
 from diffusion.unet import UNet
-from diffusion.weights import CONFIG, WEIGHTS, read_tensors, read_unet, write_tensors, write_unet
+from diffusion.weights import CONFIG, WEIGHTS, read_tensors, read_unet, refuse_single_file, write_tensors, write_unet
 
 GOLDEN = Path(__file__).parent / "golden" / "colour"
 
@@ -112,8 +112,12 @@ def test_damaged_folders_are_refused_in_one_line(folder, tmp_path):
             read_unet(folder)
     (folder / WEIGHTS).unlink()
     (folder / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
-    with pytest.raises(ValueError, match="is a pickle, which could run code and is not read"):
+    (folder / "diffusion_pytorch_model.non_ema.safetensors").touch()
+    with pytest.raises(
+        ValueError, match=r"model\.bin, diffusion_pytorch_model\.non_ema\.safetensors; pickles could run code and are never"
+    ) as caught:
         read_unet(folder)
+    assert "\n" not in str(caught.value)
     for text, message in (("{", "is not JSON"), ("[]", "one JSON object, not a list"), ('{"act_fm": 1}', "did you mean 'act_fn'")):
         (folder / CONFIG).write_text(text)
         with pytest.raises(ValueError, match=message):
@@ -193,12 +197,29 @@ def test_shards_that_do_not_do_are_refused_in_one_line(folder):
         part.unlink()
     refused(f"has not all shards .*: 2 of 4 missing: {parts[0].name}, {parts[2].name}$")
     shutil.copy(GOLDEN / WEIGHTS, folder)
-    refused("has both .* and an index of shards")
+    refused(f"has both {WEIGHTS} and {index.name}: remove the one that does not count$")
 
 
-def test_the_file_of_float16_is_read_if_it_is_the_only_one(folder):
+STEM = "diffusion_pytorch_model"
+
+
+@pytest.mark.parametrize(
+    ("index", "shard"),
+    [
+        (None, f"{STEM}.fp16.safetensors"),
+        (f"{WEIGHTS}.index.fp16.json", f"{STEM}.fp16-0000{{}}-of-00002.safetensors"),
+        (f"{WEIGHTS}.fp16.index.json", f"{STEM}-0000{{}}-of-00002.fp16.safetensors"),
+    ],
+)
+def test_weights_of_float16_are_read_if_they_are_the_only_ones(folder, index, shard):
+    """In one file, or in shards as diffusers names them and as it did before."""
     half = {name: tensor.astype(np.float16) for name, tensor in load_file(folder / WEIGHTS).items()}
-    save_file(half, folder / "diffusion_pytorch_model.fp16.safetensors")
+    parts = {shard.format(i): dict(list(half.items())[i::2]) for i in range(2)} if index else {shard: half}
+    for name, part in parts.items():
+        save_file(part, folder / name)
+    if index:
+        placed = {tensor: name for name, part in parts.items() for tensor in part}
+        (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": placed}))
     jax.tree.map(np.testing.assert_array_equal, nnx.state(read_unet(folder)), nnx.state(read_unet(GOLDEN)))
     (folder / WEIGHTS).unlink()
     bias = read_unet(folder).conv_in.bias
@@ -216,6 +237,7 @@ class Pair(nnx.Module):
 
 def raw(file, header, data=b"", length=None):
     """A file with this header, an object or text, and data."""
+    file.parent.mkdir(exist_ok=True)
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     file.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
     return file
@@ -327,3 +349,7 @@ def test_checkpoints_in_one_file_are_refused_with_the_way_to_convert_them(tmp_pa
         read_tensors(file, Pair)
     with pytest.raises(ValueError, match="in one file"):
         read_unet(file)
+    refuse_single_file(raw(tmp_path / "network" / "diffusion_pytorch_model.safetensors", HEADER, DATA).parent)
+    for single in (pickled, file, tmp_path):
+        with pytest.raises(ValueError, match=r"^.*v1-5.* holds all networks in one file .* convert"):
+            refuse_single_file(single)

@@ -6,9 +6,12 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from diffusion.stable.hub import resolve
+from diffusion.stable.pipeline import StableDiffusion
 
 NAME = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 # Files of that repository: those of a pipeline, and others.
@@ -39,7 +42,13 @@ UNWANTED = [
     "text_encoder/pytorch_model.bin",
     "unet/diffusion_pytorch_model.bin",
     "unet/diffusion_pytorch_model.fp16.safetensors",
+    "unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors",
+    "unet/diffusion_pytorch_model-00001-of-00002.fp16.safetensors",
+    "unet/diffusion_pytorch_model.safetensors.index.fp16.json",
+    "unet/diffusion_pytorch_model.safetensors.fp16.index.json",
+    "unet/diffusion_pytorch_model.fp16.bin",
     "unet/diffusion_pytorch_model.non_ema.safetensors",
+    "unet/diffusion_pytorch_model.non_ema-00001-of-00002.safetensors",
     "vae/diffusion_pytorch_model.bin",
     "vae/model.py",
 ]
@@ -47,32 +56,63 @@ UNWANTED = [
 
 @pytest.fixture
 def asked(monkeypatch, tmp_path):
-    """What the hub is asked for; it gives a folder, or raises what is put first."""
+    """What the hub is asked for; it gives those of the repository's files, or raises what is put first."""
     calls: list = []
+    found = tmp_path / "cache"
 
-    def snapshot_download(name, **options):
+    def snapshot_download(name, *, allow_patterns, ignore_patterns):
+        # No other options: else as the user's environment says: cache, token, endpoint.
         if calls and isinstance(calls[0], Exception):
             raise calls[0]
-        calls.append((name, options))
-        return str(tmp_path)
+        files = calls[0] if calls else WANTED + UNWANTED
+        for file in files:
+            if any(fnmatch.fnmatch(file, one) for one in allow_patterns) and not any(fnmatch.fnmatch(file, one) for one in ignore_patterns):
+                (found / file).parent.mkdir(parents=True, exist_ok=True)
+                (found / file).touch()
+        calls.append(name)
+        return str(found)
 
     monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download))
     monkeypatch.chdir(tmp_path)
     return calls
 
 
+def given(folder):
+    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+
+
 def test_a_name_is_asked_for_with_the_files_of_a_pipeline_alone(asked, tmp_path):
-    assert resolve(NAME) == tmp_path
-    ((name, options),) = asked
-    assert name == NAME
+    assert resolve(NAME) == tmp_path / "cache"
+    assert asked == [NAME]
+    assert given(tmp_path / "cache") == sorted(WANTED)
 
-    def given(file):
-        """As `snapshot_download` filters."""
-        wanted, unwanted = ([fnmatch.fnmatch(file, one) for one in options[f"{kind}_patterns"]] for kind in ("allow", "ignore"))
-        return any(wanted) and not any(unwanted)
 
-    assert [file for file in WANTED + UNWANTED if given(file)] == WANTED
-    assert options.keys() == {"allow_patterns", "ignore_patterns"}  # else as the user's environment says: cache, token, endpoint
+def test_half_precision_is_asked_for_where_there_is_nothing_else(asked, tmp_path):
+    halves = [file for file in WANTED + UNWANTED if file.startswith("unet/") and ".fp16" in file and not file.endswith(".bin")]
+    asked.append([file for file in WANTED + UNWANTED if not (file in WANTED and file.startswith("unet/") and "model" in file)])
+    assert len(halves) == 5
+    assert resolve(NAME) == tmp_path / "cache"
+    assert given(tmp_path / "cache") == sorted([*(file for file in WANTED if file in asked[0]), *halves])
+
+
+def test_a_repository_without_a_pipeline_is_refused(asked):
+    asked.append(UNWANTED)
+    with pytest.raises(ValueError, match=r"^some/where on the Hugging Face hub is no pipeline of diffusers: it has no model_index\.json$"):
+        resolve("some/where")
+
+
+@pytest.mark.parametrize("name", ["v1-5.ckpt", "v1-5.safetensors"])
+def test_a_checkpoint_in_one_file_leads_to_its_conversion(asked, tmp_path, name):
+    tensors = {"model.diffusion_model.out.2.bias": np.zeros(4, np.float32)}
+    Path("lone").mkdir()
+    for file in (Path(name), Path("lone", name)):
+        save_file(tensors, file)
+        with pytest.raises(ValueError, match=rf'^{file} holds all networks in one file .*from_single_file\("{name}"\)'):
+            StableDiffusion.from_folder(file if file.parent == Path() else "lone")
+    save_file({"a": np.zeros(4, np.float32)}, "lora.safetensors")
+    with pytest.raises(ValueError, match=r"^lora\.safetensors is not a folder$"):
+        resolve("lora.safetensors")
+    assert not asked
 
 
 def test_a_folder_of_that_name_comes_first(asked, tmp_path):
