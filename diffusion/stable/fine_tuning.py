@@ -52,10 +52,10 @@ class LatentModel:
         """What is trained."""
         return self.stable.unet
 
-    @functools.cached_property
+    @property
     def objective(self) -> Denoising:
         """As the scheduler's configuration says."""
-        return self.stable.scheduler().objective
+        return self.stable.objective
 
     @functools.cached_property
     def space(self) -> LatentSpace:

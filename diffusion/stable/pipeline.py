@@ -40,12 +40,12 @@ from diffusion.samplers import Network, Samples, noise_function, stepwise
 from diffusion.stable.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from diffusion.stable.config import UNet2DConditionConfig
 from diffusion.stable.hub import resolve
-from diffusion.stable.scheduling import Scheduler
+from diffusion.stable.scheduling import Scheduler, methods_for, noise
 from diffusion.stable.text_encoder import WEIGHTS as TEXT_WEIGHTS
 from diffusion.stable.text_encoder import TextEncoder, read_text_encoder
-from diffusion.stable.tokenizer import Tokenizer, read_tokenizer
+from diffusion.stable.tokenizer import Tokenizer, read_tokenizer, refuse_added_tokens
 from diffusion.stable.unet import UNet2DCondition
-from diffusion.weights import CONFIG, new_folder, read_json, read_network, write_bytes, write_json, write_network
+from diffusion.weights import CONFIG, new_folder, read_json, read_network, refuse_single_file, write_bytes, write_json, write_network
 
 Latents: TypeAlias = Float[Array, "n h w z"]
 Pixels: TypeAlias = Shaped[np.ndarray, "n h w c"] | Shaped[Array, "n h w c"]
@@ -108,7 +108,7 @@ class StableDiffusion:
 
     def __post_init__(self) -> None:
         """Refuse parts that do not fit."""
-        self.scheduler()
+        noise(self.scheduler_config)
         unet, text = self.unet.config, self.text_encoder.config
         # The token that ends every prompt is the last of the vocabulary.
         tokens = int(self.tokenizer([""]).ids[0, -1]) + 1
@@ -138,7 +138,11 @@ class StableDiffusion:
         method = _checked_index(folder)
         # The largest last: what is wrong with the others is said at once.
         scheduler_config = read_json(folder / "scheduler" / SCHEDULER) | {"_class_name": method}
-        Scheduler.from_json(scheduler_config)
+        try:
+            noise(scheduler_config)
+        except ValueError as error:  # which begins with the name of the file
+            raise ValueError(f"{folder / 'scheduler'}{os.sep}{error}") from error
+        refuse_added_tokens(folder / "tokenizer")  # before what follows from them
         text_encoder = read_text_encoder(folder / "text_encoder", dtype=dtype)
         tokenizer = read_tokenizer(folder / "tokenizer", length=text_encoder.config.max_position_embeddings)
         vae = read_network(
@@ -163,7 +167,7 @@ class StableDiffusion:
         """
         with new_folder(folder) as partial:
             index: dict[str, Any] = {"_class_name": CLASS_NAME, "requires_safety_checker": False}
-            kinds = {part: allowed[0] if allowed else self.scheduler().method for part, allowed in _PARTS.items()}
+            kinds = {part: allowed[0] if allowed else self.scheduler_config["_class_name"] for part, allowed in _PARTS.items()}
             index |= {part: ["transformers" if kind.startswith("CLIP") else "diffusers", kind] for part, kind in kinds.items()}
             index |= {part: [None, None] for part in _PASSED_OVER}
             write_json(partial / INDEX, index)
@@ -178,12 +182,24 @@ class StableDiffusion:
             (partial / "scheduler").mkdir()
             write_json(partial / "scheduler" / SCHEDULER, self.scheduler_config)
 
+    @functools.cached_property
+    def objective(self) -> Denoising:
+        """The noise that the U-Net was trained on, and what it predicts, as the scheduler's configuration says."""
+        return noise(self.scheduler_config)
+
     def scheduler(self, method: str | None = None) -> Scheduler:
         """The folder's, or another of diffusers' schedulers with the folder's settings.
 
-        Raises: ValueError for what `diffusion.stable.scheduling` does not know.
+        Raises: ValueError for what `diffusion.stable.scheduling` does not know, naming what it does.
         """
-        return Scheduler.from_json(self.scheduler_config, method)
+        try:
+            return Scheduler.from_json(self.scheduler_config, method)
+        except ValueError as error:
+            # The class is that in the index, whatever else the configuration says.
+            message = str(error).replace(f"{SCHEDULER}: _class_name", f"{INDEX}: scheduler")
+            others = methods_for(self.scheduler_config) if method is None else []
+            hint = " or ".join(f'scheduler="{other}"' for other in others)
+            raise ValueError(f"{message}: give {hint}" if hint else message) from error
 
     def encode(self, images: Pixels, *, batch: int = 4) -> Float[Array, "n _ _ z"]:
         """The most likely latents of images, × `scaling_factor`.
@@ -257,7 +273,7 @@ class StableDiffusion:
         sampling = self.scheduler(scheduler).sampling(steps, scan=stepwise)
 
         def run(epsilon: Network, places: Places) -> Samples:
-            return sampling(epsilon, self._noise(key, places, shape), self.scheduler().objective.schedule)
+            return sampling(epsilon, self._noise(key, places, shape), self.objective.schedule)
 
         return self._generate(self._ask(prompts, negative_prompts, guidance), run, sampling.evaluations, batch, progress)
 
@@ -294,7 +310,7 @@ class StableDiffusion:
         if last < 1 <= steps:
             raise ValueError(f"strength = {strength} leaves none of {steps} steps: need strength ≥ {1 / steps:g}")
         sampling = self.scheduler(scheduler).sampling(steps, last=last, scan=stepwise)
-        schedule = self.scheduler().objective.schedule
+        schedule = self.objective.schedule
         asked = self._ask(prompts, negative_prompts, guidance)
         clean = self.encode(images, batch=batch)
 
@@ -322,7 +338,7 @@ class StableDiffusion:
 
         Raises: ValueError as for `text_to_image`, and for a timestep that is not in the schedule.
         """
-        schedule = self.scheduler().objective.schedule
+        schedule = self.objective.schedule
         self._whole_latents(*_size(images))
         prompts = [""] * len(images) if prompts is None else prompts
         _same_number("prompts", prompts, "images", images)
@@ -368,7 +384,7 @@ class StableDiffusion:
         """The images of what `run` makes of the noise function and the numbers of the images in each batch."""
         text_graphdef, text_params = nnx.split(self.text_encoder, nnx.Param)
         graphdef, params = nnx.split(self.unet, nnx.Param)
-        guided = _guided_noise(graphdef, self.scheduler().objective)
+        guided = _guided_noise(graphdef, self.objective)
         guidance = None if asked.guidance == 1 else jnp.asarray(asked.guidance, at_least_float32(self.unet.dtype))
         batches = filled_batches(len(asked.ids), batch)
         done = 0
@@ -475,6 +491,8 @@ def _checked_index(folder: Path) -> str:
     if not (folder / INDEX).is_file() and (folder / CONFIG).is_file():
         kind = read_json(folder / CONFIG).get("_class_name", "network")
         raise ValueError(f"{folder} is the folder of a {kind}, not of a pipeline: give the one with {INDEX}")
+    if not (folder / INDEX).is_file():
+        refuse_single_file(folder)
     index = read_json(folder / INDEX)
     if (kind := index.get("_class_name")) != CLASS_NAME:
         raise ValueError(f"{folder / INDEX} describes a {kind}, not a {CLASS_NAME}")
@@ -484,6 +502,8 @@ def _checked_index(folder: Path) -> str:
             raise ValueError(f"{folder / INDEX} names no {part}")
         if allowed and classes[part] not in allowed:
             raise ValueError(f"{folder / INDEX}: {part} = {classes[part]!r} is not supported; what is: {', '.join(allowed)}")
+        if not isinstance(classes[part], str):
+            raise ValueError(f"{folder / INDEX}: {part} = {classes[part]!r} must be the name of a class")
     unknown = sorted(classes.keys() - _PARTS.keys() - set(_PASSED_OVER))
     if unknown:
         raise ValueError(f"{folder / INDEX}: {unknown[0]} = {classes[unknown[0]]!r} is not supported: images would be others without it")

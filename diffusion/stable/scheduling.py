@@ -4,6 +4,7 @@ Schedulers are this project's samplers at the whole timesteps that diffusers eva
 DDIM (η = 0), PNDM without Runge-Kutta steps, and DPM-Solver++(2M).
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
@@ -144,8 +145,9 @@ class Scheduler:
 
     def __post_init__(self) -> None:
         """Refuse what is not supported, in one line."""
-        _check("_class_name", self.method, _METHODS)
-        _check("timestep_spacing", self.spacing, _METHODS[self.method].spacings)
+        spacings = _METHODS[self.method].spacings
+        if not isinstance(self.spacing, str) or self.spacing not in spacings:
+            raise ValueError(f"{SCHEDULER}: timestep_spacing = {self.spacing!r} is not supported; what is: {', '.join(spacings)}")
         if isinstance(self.offset, bool) or not isinstance(self.offset, int) or self.offset < 0:
             raise ValueError(f"{SCHEDULER}: steps_offset = {self.offset!r} must be a whole number, 0 or more")
         if not isinstance(self.to_one, bool):
@@ -160,7 +162,9 @@ class Scheduler:
         Raises: ValueError naming the field, its value and what would do.
         """
         name: Any = fields.get("_class_name") if method is None else method
-        _check("_class_name", name, _METHODS)
+        if not isinstance(name, str) or name not in _METHODS:
+            where = f"{SCHEDULER}: _class_name" if method is None else "scheduler"
+            raise ValueError(f"{where} = {name!r} is not supported; what is: {', '.join(_METHODS)}")
         known = _METHODS[name]
         for field, (default, supported) in known.others.items():
             value = fields.get(field, default)
@@ -186,6 +190,24 @@ class Scheduler:
         return Sampling(known.sampler(last, grid=Listed(tuple(nodes)), scan=scan), nodes[0], nodes[-1], denoise=self.to_one)
 
 
-def _check(field: str, value: Any, known: Mapping[str, Any]) -> None:
-    if not isinstance(value, str) or value not in known:
-        raise ValueError(f"{SCHEDULER}: {field} = {value!r} is not supported; what is: {', '.join(known)}")
+def noise(fields: Mapping[str, Any]) -> Denoising:
+    """The noise in a parsed scheduler_config.json, and what the network predicts, whichever of diffusers' methods it names.
+
+    Raises: ValueError naming a field whose value is not supported, or that is missing where diffusers' methods differ in its default.
+    """
+    method = fields.get("_class_name")
+    if not isinstance(method, str):
+        raise ValueError(f"{SCHEDULER}: _class_name = {method!r} must be the name of a scheduler")
+    for field in ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps"):
+        if field not in fields and method not in _METHODS:
+            raise ValueError(f"{SCHEDULER}: {field} is missing, without which the noise of {method!r} is not known")
+    return objective_of(fields)
+
+
+def methods_for(fields: Mapping[str, Any]) -> list[str]:
+    """diffusers' names of the methods that a parsed scheduler_config.json does for."""
+    found = []
+    for name in _METHODS:
+        with contextlib.suppress(ValueError):
+            found.append(Scheduler.from_json(fields, name).method)
+    return found

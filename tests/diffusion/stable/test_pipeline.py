@@ -209,10 +209,7 @@ def test_what_is_written_is_read(folder, golden, tmp_path):
         (lambda index: index.update(unet=["diffusers", "UNet2DModel"]), r"unet = 'UNet2DModel' is not supported; what is: UNet2DCond"),
         (lambda index: index.pop("vae"), r"model_index\.json names no vae$"),
         (lambda index: index.update(_class_name="DDPMPipeline"), "describes a DDPMPipeline, not a StableDiffusionPipeline"),
-        (
-            lambda index: index.update(scheduler=["diffusers", "LMSDiscreteScheduler"]),
-            "'LMSDiscreteScheduler' is not supported; what is: D",
-        ),
+        (lambda index: index.update(scheduler=["diffusers", 3]), "scheduler = 3 must be the name of a class"),
         (lambda index: index.update(image_encoder=["transformers", "CLIPVision"]), "image_encoder = 'CLIPVision' is not supported"),
     ],
 )
@@ -224,6 +221,62 @@ def test_other_pipelines_are_refused_in_one_line(folder, tmp_path, change, messa
     with pytest.raises(ValueError, match=message) as caught:
         StableDiffusion.from_folder(tmp_path / "model")
     assert "\n" not in str(caught.value)
+
+
+OTHERS = ("EulerDiscrete", "EulerAncestralDiscrete", "LMSDiscrete", "UniPCMultistep", "DEISMultistep", "DDPM")
+
+
+@pytest.mark.parametrize("method", [f"{kind}Scheduler" for kind in OTHERS])
+def test_a_folder_with_a_scheduler_that_is_not_known_is_read_and_written(folder, tmp_path, method):
+    model = shutil.copytree(folder, tmp_path / "model")
+    index = json.loads((model / "model_index.json").read_text()) | {"scheduler": ["diffusers", method]}
+    (model / "model_index.json").write_text(json.dumps(index))
+    fields = json.loads((model / "scheduler" / "scheduler_config.json").read_text()) | {"timestep_spacing": "linspace"}
+    (model / "scheduler" / "scheduler_config.json").write_text(json.dumps(fields | {"_class_name": method}))
+    found = StableDiffusion.from_folder(model)
+    found.save_folder(tmp_path / "copy")
+    for name in ("scheduler/scheduler_config.json", "model_index.json"):
+        one, other = (json.loads((place / name).read_text()) for place in (model, tmp_path / "copy"))
+        assert other == other | one
+    assert found.scheduler("DPMSolverMultistepScheduler").objective == found.objective
+    with pytest.raises(
+        ValueError, match=rf'^model_index\.json: scheduler = \'{method}\' is not.*: give scheduler="DPMSolverMultistepS'
+    ) as caught:
+        found.text_to_image(["a cat"], key=KEY)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_scheduler_s_method_needs_is_asked_for_when_it_samples(small):
+    for fields, what in (({"prediction_type": "v_prediction"}, "prediction_type"), ({"skip_prk_steps": False}, "skip_prk_steps")):
+        other = dataclasses.replace(small, scheduler_config={**small.scheduler_config, **fields})
+        with pytest.raises(ValueError, match=rf'^scheduler_config\.json: {what} = .* PNDMScheduler; .*: give scheduler="DDIMScheduler" or'):
+            other.text_to_image(["a cat"], key=KEY)
+    lost = dataclasses.replace(small, scheduler_config={**small.scheduler_config, "_class_name": "X", "timestep_spacing": "y"})
+    with pytest.raises(ValueError, match=r"^model_index\.json: scheduler = 'X' is not supported; what is: DDIMScheduler, .*Multistep\w*$"):
+        lost.text_to_image(["a cat"], key=KEY)
+
+
+def test_noise_that_is_not_known_is_refused_with_the_file(folder, tmp_path):
+    model = shutil.copytree(folder, tmp_path / "model")
+    file = model / "scheduler" / "scheduler_config.json"
+    for fields, message in (
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, "beta_schedule is missing, without which the noise"),
+        (json.loads(file.read_text()) | {"prediction_type": "flow_prediction"}, "prediction_type = 'flow_prediction' is not supported"),
+    ):
+        index = json.loads((model / "model_index.json").read_text())
+        (model / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", fields["_class_name"]]}))
+        file.write_text(json.dumps(fields))
+        with pytest.raises(ValueError, match=f"^{file}: {message}"):
+            StableDiffusion.from_folder(model)
+
+
+def test_tokens_that_were_added_are_named_before_what_follows_from_them(folder, tmp_path):
+    model = shutil.copytree(folder, tmp_path / "model")
+    (model / "tokenizer" / "added_tokens.json").write_text(json.dumps({"<cat-toy>": 521}))
+    fields = json.loads((model / "text_encoder" / CONFIG).read_text())
+    (model / "text_encoder" / CONFIG).write_text(json.dumps(fields | {"vocab_size": 522, "eos_token_id": 520}))
+    with pytest.raises(ValueError, match=r"added_tokens\.json: added tokens are not supported: '<cat-toy>'$"):
+        StableDiffusion.from_folder(model)
 
 
 def test_folders_that_are_not_whole_are_refused_in_one_line(folder, tmp_path):

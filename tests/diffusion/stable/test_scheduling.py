@@ -12,7 +12,7 @@ import pytest
 from diffusion.objective import Denoising
 from diffusion.samplers import DDIM, PNDM, DPMSolver, noise_function
 from diffusion.schedules import Prediction, ScaledLinearSchedule
-from diffusion.stable.scheduling import Sampling, Scheduler
+from diffusion.stable.scheduling import Sampling, Scheduler, methods_for, noise
 
 GOLDEN = Path(__file__).parent / "golden" / "schedulers"
 CASES = sorted(path.name for path in GOLDEN.iterdir())
@@ -144,6 +144,22 @@ def test_configurations_that_do_not_do_are_refused(fields, message):
     with pytest.raises(ValueError, match=message) as caught:
         Scheduler.from_json(PUBLISHED | fields)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["EulerDiscreteScheduler", "LMSDiscreteScheduler", "UniPCMultistepScheduler", "DDPMScheduler"])
+def test_the_noise_is_known_whatever_the_method(method):
+    fields = PUBLISHED | {"_class_name": method}
+    assert noise(fields) == Scheduler.from_json(PUBLISHED).objective
+    assert methods_for(fields) == ["DDIMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler"]
+    assert methods_for(fields | {"clip_sample": True, "prediction_type": "v_prediction"}) == ["DPMSolverMultistepScheduler"]
+    assert methods_for(fields | {"use_karras_sigmas": True, "timestep_spacing": "linspace"}) == []
+    # Methods that are not known may take it for another one.
+    del fields["beta_end"]
+    with pytest.raises(ValueError, match=f"beta_end is missing, without which the noise of '{method}' is not known"):
+        noise(fields)
+    assert noise(fields | {"_class_name": "DDIMScheduler"}).schedule == ScaledLinearSchedule(1000, 0.00085, 0.02)
+    with pytest.raises(ValueError, match="_class_name = None must be the name of a scheduler"):
+        noise(fields | {"_class_name": None})
 
 
 def test_what_diffusers_does_by_default_and_is_not_supported_is_refused():
