@@ -101,7 +101,7 @@ def energies(
 ) -> int:
     """Write a table with one row per sample, and a page that shows which will be forgotten first.
 
-    Columns: index in DATA, label, energy, excess (E + ½|x|²), log leakage, sharpness, predicted rise under a small rotation, log self
+    Columns: index in DATA, file (of a folder), label, energy, excess (E + ½|x|²), log leakage, sharpness, predicted rise under a small rotation, log self
     weight, nearest other sample and its distance, and the energy change ΔE where there is a Task 2.
 
     Example: CIFAR-10's animals, and what learning its other classes does to them:

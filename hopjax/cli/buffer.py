@@ -116,7 +116,7 @@ def gains(found: Survey, rows: np.ndarray, seed: int, screen: Screen) -> Gains:
 
 def listed(table: Table, rows: np.ndarray, policy: str, seed: int) -> Table:
     """The buffer's table, in order of choice."""
-    names = [name for name in ("index", "label", "energy", "excess", "rise", "energy_change", "sample") if name in table]
+    names = [name for name in ("index", "file", "label", "energy", "excess", "rise", "energy_change", "sample") if name in table]
     settings = {**table.settings, "policy": policy, "size": len(rows), "seed": seed}
     settings["columns"] = {name: table.settings["columns"][name] for name in names}
     return Table({name: table[name][rows] for name in names}, settings)

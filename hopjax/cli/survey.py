@@ -12,12 +12,13 @@ from hopjax.cli.landscape import Landscape
 from hopjax.cli.options import Machine, Model, Temperature
 from hopjax.cli.progress import Screen
 from hopjax.cli.resume import Partial
-from hopjax.cli.table import Table, versions
+from hopjax.cli.table import Table, printable, versions
 from hopjax.cli.tasks import Tasks, description, sample_ids
 from hopjax.moments import QUANTITIES
 
 MEANINGS = {
-    "index": "place of the sample in the data as they were read",
+    "index": "place of the sample in the data, of which what was left out counts too",
+    "file": "its file",
     "label": "its class",
     **{name: QUANTITIES[name].meaning for name in ("energy", "excess", "log_leakage", "sharpness", "log_self_weight")},
     "rise": "predicted mean rise of the energy under a small random rotation of the memories, ½ε²σ²[S − (d−1) x·∇E]",
@@ -76,6 +77,8 @@ def _columns(tasks: Tasks, landscape: Landscape, values: dict[str, np.ndarray]) 
     """One row for each sample of Task 1; `index` and `nearest` are places in DATA."""
     scale = 0.5 * (landscape.settings["epsilon"] * landscape.settings["sigma"]) ** 2
     columns = {"index": tasks.places.astype(np.int64)}
+    if tasks.task1.files is not None:
+        columns["file"] = np.array([printable(name) for name in tasks.task1.files])
     if tasks.task1.labels is not None:
         columns["label"] = tasks.task1.labels
     columns |= {name: values[name] for name in ("energy", "excess", "log_leakage", "sharpness")}

@@ -20,7 +20,7 @@ _KEY = "hopjax"
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Columns of one length, whole numbers or floats, and the settings that gave them: plain JSON."""
+    """Columns of one length, numbers or printable text, and the settings that gave them: plain JSON."""
 
     columns: dict[str, np.ndarray]
     settings: dict[str, Any]
@@ -40,9 +40,14 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in ("hopjax", "jax", "numpy")}
 
 
+def printable(text: str) -> str:
+    """On one line and in UTF-8, whatever a file is called: other characters are shown by their escapes."""
+    return "".join(character if character.isprintable() else character.encode("unicode_escape").decode() for character in text)
+
+
 def write(path: Path, table: Table) -> None:
     """In the format of the path's suffix; the same bytes for the same table."""
-    settings = json.dumps(table.settings, ensure_ascii=False, allow_nan=False)
+    settings = _json(table.settings)
     buffer = io.BytesIO()
     if path.suffix == ".parquet":
         import pyarrow as pa
@@ -50,18 +55,26 @@ def write(path: Path, table: Table) -> None:
 
         parquet.write_table(pa.table(table.columns).replace_schema_metadata({_KEY: settings}), buffer)
     elif path.suffix == ".npz":
-        np.savez(buffer, **table.columns, settings=np.array(settings))  # type: ignore[arg-type]
+        with zipfile.ZipFile(buffer, "w") as archive:  # numpy.savez has an argument `file` of its own
+            for name, column in {**table.columns, "settings": np.array(settings)}.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, column, allow_pickle=False)
     else:
         types = {name: str(column.dtype) for name, column in table.columns.items()}
         comments = {**table.settings, "types": types}
         lines = io.StringIO(newline="")
-        lines.writelines(f"# {name}: {json.dumps(value, ensure_ascii=False, allow_nan=False)}\n" for name, value in comments.items())
+        lines.writelines(f"# {name}: {_json(value)}\n" for name, value in comments.items())
         rows = csv.writer(lines, lineterminator="\n")
         rows.writerow(table.columns)
         # NumPy's shortest digits that give the number back.
         rows.writerows(zip(*(map(str, column) for column in table.columns.values()), strict=True))
         buffer.write(lines.getvalue().encode())
     output.write(path, buffer.getvalue())
+
+
+def _json(value: Any) -> str:
+    """In UTF-8: of file names that are not, the rest is escaped."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace").decode()
 
 
 def read(path: Path) -> Table:
@@ -73,7 +86,8 @@ def read(path: Path) -> Table:
 
             found = parquet.read_table(path)
             settings = json.loads(found.schema.metadata[_KEY.encode()])
-            return Table({name: found[name].to_numpy() for name in found.column_names}, settings)
+            columns = {name: found[name].to_numpy() for name in found.column_names}
+            return Table({name: column.astype(str) if column.dtype == object else column for name, column in columns.items()}, settings)
         if path.suffix == ".npz":
             with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
                 columns = dict(stored)

@@ -19,7 +19,7 @@ class Tasks:
 
     Attributes:
         task1: the samples that are stored.
-        places: where they are in DATA as it was read.
+        places: where they are in DATA, of which what was left out counts too.
         task2: what is learnt next; None if nothing is.
         read: what `load` was told: plain JSON.
     """
@@ -64,9 +64,7 @@ def _load(data: str, choice: Choice, reading: Reading) -> Tasks:
         )
     if len(task1) < FEWEST:
         raise UsageError(f"{task1.source}: {len(task1)} samples, need at least {FEWEST}: energies tell samples from others; give more data")
-    places = np.arange(len(images))
-    if images.labels is not None and task1.labels is not None:
-        places = np.flatnonzero(np.isin(images.labels, np.unique(task1.labels)))
+    places = np.arange(len(task1)) if task1.places is None else task1.places
     return Tasks(task1, places, task2, {"data": data, **asdict(choice), **asdict(reading)})
 
 

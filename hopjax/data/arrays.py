@@ -129,4 +129,5 @@ def _without_bad(content: Content, file: Path, reading: Reading) -> Content:
     reading.bad(
         file, f"{int((~finite).sum())} images hold NaN or infinite values (or exceed float32), the first is image {int(np.argmin(finite))}"
     )
-    return content._replace(pixels=pixels[finite], labels=None if content.labels is None else content.labels[finite])
+    labels = None if content.labels is None else content.labels[finite]
+    return content._replace(pixels=pixels[finite], labels=labels, places=np.flatnonzero(finite))

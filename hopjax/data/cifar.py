@@ -28,10 +28,12 @@ CHECKSUMS = {
 
 
 class Batch(NamedTuple):
-    """Pixels (n, 32, 32, 3) and labels (n,) of one file."""
+    """Pixels (n, 32, 32, 3) and labels (n,) of one file, and which of its `held` images they are."""
 
     pixels: np.ndarray
     labels: np.ndarray
+    places: np.ndarray
+    held: int
 
 
 def is_pickle(head: bytes) -> bool:
@@ -74,6 +76,7 @@ def read_file(file: Path, reading: Reading) -> Content:
 
 def _batches(files: Sequence[Path], where: Path, reading: Reading) -> Content:
     batches: list[Batch] = []
+    before = 0
     for file in files:
         held = sum(len(batch.pixels) for batch in batches)
         if not reading.wants(held):
@@ -81,18 +84,19 @@ def _batches(files: Sequence[Path], where: Path, reading: Reading) -> Content:
         with file.open("rb") as stream:
             pickled = is_pickle(stream.read(3))
         try:
-            content = _pickled(file, reading) if pickled else _records(file, reading)
+            batch = _pickled(file, reading) if pickled else _records(file, reading)
         except DataError as error:
             if len(files) == 1 or not reading.skip_bad:
                 raise
             reading.bad(file, str(error).removeprefix(f"{file}: "))
             continue
-        count = reading.at_most(held + len(content.pixels)) - held
-        batches.append(content._replace(pixels=content.pixels[:count], labels=content.labels[:count]))
+        count = reading.at_most(held + len(batch.pixels)) - held
+        batches.append(Batch(batch.pixels[:count], batch.labels[:count], before + batch.places[:count], batch.held))
+        before += batch.held
     if not batches:
         raise DataError(f"{where}: none of its batches can be read")
-    pixels, labels = (np.concatenate(part) for part in zip(*batches, strict=True))
-    return Content(pixels, labels, _class_names(files[0].parent, int(labels.max(initial=0)) >= len(CLASSES), reading))
+    pixels, labels, places = (np.concatenate([batch[part] for batch in batches]) for part in range(3))
+    return Content(pixels, labels, _class_names(files[0].parent, int(labels.max(initial=0)) >= len(CLASSES), reading), places)
 
 
 def _class_names(folder: Path, many: bool, reading: Reading) -> tuple[str, ...] | None:
@@ -138,7 +142,7 @@ def _pickled(file: Path, reading: Reading) -> Batch:
     except DataError as error:
         raise DataError(f"{file}: {error}") from None
     reading.verify(file, CHECKSUMS, "CIFAR")
-    return Batch(_upright(data), labels.astype(np.int64))
+    return Batch(_upright(data), labels.astype(np.int64), np.arange(len(data)), len(data))
 
 
 def _records(file: Path, reading: Reading) -> Batch:
@@ -157,7 +161,7 @@ def _records(file: Path, reading: Reading) -> Batch:
     if not good.all():
         first = int(np.argmin(good))
         reading.bad(file, f"{int((~good).sum())} labels are not 0 … 9, the first {labels[first]} of record {first}: no CIFAR-10 records?")
-    return Batch(_upright(records[good, 1:]), labels[good])
+    return Batch(_upright(records[good, 1:]), labels[good], np.flatnonzero(good), whole)
 
 
 def _upright(planes: np.ndarray) -> np.ndarray:

@@ -23,6 +23,9 @@ class Images:
         source: what was read.
         warnings: what was found odd but not refused.
         skipped: (file, reason) of what `skip_bad` left out.
+        places: where in the source each image is, of which those left out count too; None if that is all of it, in order. Forgotten where
+            the number of images is replaced.
+        files: the image's own file, below the source; None where images have none.
 
     Raises: DataError if labels and pixels do not fit each other, or there is no image.
     """
@@ -33,12 +36,17 @@ class Images:
     source: str
     warnings: tuple[str, ...] = ()
     skipped: tuple[tuple[str, str], ...] = ()
+    places: Int64[np.ndarray, " k"] | None = None
+    files: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.pixels.ndim != 4 or self.pixels.dtype not in (np.uint8, np.float32):
             raise DataError(f"{self.source}: pixels must be (n, h, w, c) of uint8 or float32, got {self.pixels.dtype} {self.pixels.shape}")
         if self.pixels.size == 0:
             raise DataError(f"{self.source}: holds no image")
+        for name in ("places", "files"):
+            if (known := getattr(self, name)) is not None and len(known) != len(self.pixels):
+                object.__setattr__(self, name, None)
         if self.labels is None:
             return
         if self.labels.shape != self.pixels.shape[:1]:
@@ -60,5 +68,16 @@ class Images:
 
     def take(self, index: Integer[np.ndarray, " k"] | Sequence[int]) -> "Images":
         """The images at these places, in this order."""
-        places = np.asarray(index, dtype=np.int64)
-        return replace(self, pixels=self.pixels[places], labels=None if self.labels is None else self.labels[places])
+        rows = np.asarray(index, dtype=np.int64)
+        return replace(
+            self,
+            pixels=self.pixels[rows],
+            labels=None if self.labels is None else self.labels[rows],
+            places=np.arange(len(self))[rows] if self.places is None else self.places[rows],
+            files=None if self.files is None else tuple(self.files[row] for row in rows.tolist()),
+        )
+
+    def name(self, row: int) -> str:
+        """The image at this place, for a message."""
+        place = row if self.places is None else self.places[row]
+        return f"image {place} of {self.source}" + (f" ({self.files[row]})" if self.files else "")

@@ -1,5 +1,6 @@
 """Image data sets as the Hugging Face hub keeps them: parquet files with encoded pictures, in shards and splits."""
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -45,10 +46,12 @@ def read_file(file: Path, reading: Reading) -> Content:
 def _shards(files: Sequence[Path], where: Path, reading: Reading) -> Content:
     library("pyarrow")  # if it is missing, that is no file's fault
     labels: list[int | None] = []
+    places: list[int] = []
     classes: tuple[str, ...] | None = None
 
     def pictures() -> Iterator[tuple[str, bytes]]:
         nonlocal classes
+        before = itertools.count()
         for file in files:
             try:
                 names = _class_names(file)
@@ -56,7 +59,7 @@ def _shards(files: Sequence[Path], where: Path, reading: Reading) -> Content:
                 for number, (data, label) in enumerate(_rows(file)):
                     if not reading.wants(len(labels)):
                         return
-                    row = f"{file} row {number}"
+                    row, place = f"{file} row {number}", next(before)
                     if data is None:
                         reading.bad(row, "has no picture's bytes")
                     elif label is None and names is not None:
@@ -65,6 +68,7 @@ def _shards(files: Sequence[Path], where: Path, reading: Reading) -> Content:
                         reading.bad(row, f"label {label} is outside 0 … {(len(names) if names else MAX_LABEL) - 1}")
                     else:
                         labels.append(label)
+                        places.append(place)
                         yield row, data
             except DataError as error:
                 if len(files) == 1 or not reading.skip_bad:
@@ -77,7 +81,7 @@ def _shards(files: Sequence[Path], where: Path, reading: Reading) -> Content:
     known = [label for label in (labels[place] for place in kept) if label is not None]
     if known and len(known) < len(kept):
         raise DataError(f"{where}: {len(kept) - len(known)} rows have no label")
-    return Content(pixels, np.array(known, np.int64) if known else None, classes)
+    return Content(pixels, np.array(known, np.int64) if known else None, classes, np.array(places, np.int64)[kept])
 
 
 def _rows(file: Path) -> Iterator[tuple[bytes | None, int | None]]:

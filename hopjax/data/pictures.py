@@ -1,11 +1,11 @@
 """PNG, JPEG and WebP files: one by one, or in folders with one folder per class."""
 
 import io
+import itertools
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +149,9 @@ def read_folder(folder: Path, reading: Reading) -> Content:
     folders = [entry for entry in entries if entry.is_dir()]
     splits = {name: entry for entry in folders if (name := split_of(entry.name))}
     if folders and len(splits) == len(folders):
-        return read_folder(splits[reading.choose(folder, splits)], replace(reading, split=None))  # remarks go to the same lists
+        part = splits[reading.choose(folder, splits)]
+        content = read_folder(part, replace(reading, split=None))  # remarks go to the same lists
+        return content._replace(files=tuple(f"{part.name}/{name}" for name in content.files or ()))
     reading.no_splits(folder)
     if folders:
         strays = _pictures([entry for entry in entries if not entry.is_dir()], reading)
@@ -158,20 +160,23 @@ def read_folder(folder: Path, reading: Reading) -> Content:
                 f"{folder}: holds both folders and pictures ({some([s.name for s in strays], 3)}): sort the pictures into the folders"
             )
         classes = tuple(entry.name for entry in folders)
-        by_class = [[(number, file) for file in _class_files(entry, reading)] for number, entry in enumerate(folders)]
+        place = itertools.count()
+        by_class = [[(next(place), number, file) for file in _class_files(entry, reading)] for number, entry in enumerate(folders)]
         # The first ones of every class, so that a limit does not leave the first class alone.
-        spread = [item for group in zip_longest(*by_class) for item in group if item is not None]
-        wanted = sorted(spread[: reading.at_most(len(spread))], key=lambda item: item[0])
+        spread = [item for group in itertools.zip_longest(*by_class) for item in group if item is not None]
+        wanted = sorted(spread[: reading.at_most(len(spread))])
     else:
         classes = None
         files = _pictures(entries, reading)
-        wanted = [(0, file) for file in files[: reading.at_most(len(files))]]
-    pixels, kept = decode_all([(str(file), file) for _, file in wanted], reading)
+        wanted = [(place, 0, file) for place, file in enumerate(files[: reading.at_most(len(files))])]
+    pixels, kept = decode_all([(str(file), file) for _, _, file in wanted], reading)
     if pixels is None:
         raise DataError(
             "; ".join([f"{folder}: holds no picture (PNG, JPEG, WebP) that can be read, nor another data set", *reading.warnings[:3]])
         )
-    return Content(pixels, np.array([wanted[place][0] for place in kept], np.int64) if classes else None, classes)
+    places, labels, found = zip(*(wanted[row] for row in kept), strict=True)
+    names = tuple(file.relative_to(folder).as_posix() for file in found)
+    return Content(pixels, np.array(labels, np.int64) if classes else None, classes, np.array(places, np.int64), names)
 
 
 def _class_files(folder: Path, reading: Reading) -> list[Path]:

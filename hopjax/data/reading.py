@@ -26,11 +26,16 @@ PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn"}
 
 
 class Content(NamedTuple):
-    """What a format's reader finds: pixels (n, h, w, c), labels (n,) if any, names of the classes if known."""
+    """What a format's reader finds: pixels (n, h, w, c), labels (n,) if any, names of the classes if known; places and files as in `Images`.
+
+    A batch or shard that cannot be read at all is not known to hold anything: it counts for no places.
+    """
 
     pixels: np.ndarray
     labels: np.ndarray | None = None
     classes: tuple[str, ...] | None = None
+    places: np.ndarray | None = None
+    files: tuple[str, ...] | None = None
 
 
 @dataclass

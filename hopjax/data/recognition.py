@@ -59,7 +59,8 @@ def read(
         except (OSError, RuntimeError) as error:  # no permission, a name too long, a home that is unknown
             raise DataError(f"{path_or_name}: cannot be opened: {error}") from None
     content = pictures.conform(content, reading, str(path_or_name))
-    return Images(*content, str(path_or_name), tuple(reading.warnings), tuple(reading.skipped))
+    pixels, labels, classes, places, files = content
+    return Images(pixels, labels, classes, str(path_or_name), tuple(reading.warnings), tuple(reading.skipped), places, files)
 
 
 def _reader(path: Path, name: str) -> Callable[[Path, Reading], Content]:

@@ -333,6 +333,31 @@ def test_warnings_are_in_the_table_on_the_page_and_on_the_screen(capsys):
     assert "broken.png" in found["task1"]["skipped"][0]
 
 
+def test_what_is_left_out_moves_no_index():
+    pixels = np.random.default_rng(4).integers(1, 256, (9, 4, 4, 1), dtype=np.uint8)
+    floats = pixels.astype(np.float32)
+    floats[2, 0, 0] = np.nan
+    np.save("floats.npy", floats)
+    folder = Path("pictures")
+    folder.mkdir()
+    for number, image in enumerate(pixels):
+        Image.fromarray(image[..., 0]).save(folder / f"{number}.png")
+    (folder / "2.png").write_bytes(b"")
+    kept = [0, 1, 3, 4, 5, 6, 7, 8]
+    x = unit(pixels.reshape(9, -1).astype(float))
+    nearest = np.argmax(np.where(np.eye(9, dtype=bool) | (np.arange(9) == 2), -1, x @ x.T), axis=1)
+    for name in ("floats.npy", "pictures"):
+        run("energies", name, "--skip-bad", "--beta", "20", "--out", "t.csv")
+        found = table.read(Path("t.csv"))
+        assert found["index"].tolist() == kept
+        assert found["nearest"].tolist() == nearest[kept].tolist()
+        run("buffer", name, "--skip-bad", "--beta", "20", "--size", "100%", "--policy", "lowest", "--out", "b.csv")
+        assert sorted(table.read(Path("b.csv"))["index"]) == kept
+    assert found["file"].tolist() == [f"{number}.png" for number in kept]
+    chosen = table.read(Path("b.csv"))
+    assert chosen["file"].tolist() == [f"{number}.png" for number in chosen["index"]]
+
+
 def test_the_same_run_gives_the_same_bytes():
     energies("--rotate", "10", out="a.parquet")
     energies("--rotate", "10", out="b.parquet")

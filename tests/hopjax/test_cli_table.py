@@ -23,9 +23,17 @@ def odd():
         "index": np.array([0, 2**62, -1, 3]),
         "energy": np.array([0.1, tiny, -0.0, np.inf], np.float32),
         "excess": np.array([1 / 3, np.nan, -large, 5e-324]),
+        "file": np.array(["a.png", 'β, "b".png', *map(table.printable, ("two\n# lines", "no utf-8 \udce9"))]),
     }
     return Table(
-        columns, {"beta": 1 / 3, "rule": 'β, "quoted": 1\nand # more', "task1": {"classes": ["a", "b"], "none": None}, "warnings": []}
+        columns,
+        {
+            "beta": 1 / 3,
+            "rule": 'β, "quoted": 1\nand # more',
+            "task1": {"classes": ["a", "b"], "none": None},
+            "data": "\udce9",
+            "warnings": [],
+        },
     )
 
 
@@ -58,7 +66,7 @@ def test_other_programs_can_read_them(odd, tmp_path):
     assert "# beta: 0.3333333333333333" in comments
     head, *rows = csv.reader(lines[len(comments) :])
     assert head == list(odd.columns)
-    assert rows[0] == ["0", "0.1", "0.3333333333333333"]
+    assert rows[0] == ["0", "0.1", "0.3333333333333333", "a.png"]
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

@@ -12,6 +12,7 @@ import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +111,23 @@ def test_nothing_is_refused():
 
 
 def test_take():
-    images = Images(pixels(4), np.arange(4), None, "made").take([3, 1])
+    whole = Images(pixels(4), np.arange(4), None, "made", files=("a", "b", "c", "d"))
+    images = whole.take([3, 1])
     np.testing.assert_array_equal(images.labels, [3, 1])
     np.testing.assert_array_equal(images.pixels, pixels(4)[[3, 1]])
     assert len(images) == 2
+    for found in (images, data.rotated(images, 30), data.class_split(whole, [1, 3], [0])[0].take([1, 0])):
+        assert found.places is not None
+        assert found.places.tolist() == [3, 1]
+        assert found.files == ("d", "b")
+        assert found.name(0).startswith("image 3 of made")
+        assert found.name(0).endswith(" (d)")
+    assert images.take([1]).name(0) == "image 1 of made (b)"
+    # Images put together of several are in no one place.
+    joined = replace(images, pixels=np.concatenate([images.pixels, images.pixels]), labels=None)
+    assert joined.places is None
+    assert joined.files is None
+    assert joined.take([2]).name(0) == "image 2 of made"
 
 
 def test_neither_hopjax_nor_hopjax_data_imports_the_decoders():
@@ -456,7 +470,19 @@ def test_records_with_labels_that_are_none(tmp_path):
     (tmp_path / "x.bin").write_bytes(records.tobytes())
     with pytest.raises(DataError, match="1 labels are not 0 … 9, the first 200 of record 1"):
         read(tmp_path / "x.bin")
-    np.testing.assert_array_equal(read(tmp_path / "x.bin", skip_bad=True).labels, [1, 2])
+    images = read(tmp_path / "x.bin", skip_bad=True)
+    np.testing.assert_array_equal(images.labels, [1, 2])
+    np.testing.assert_array_equal(images.places, [0, 2])
+
+
+def test_places_go_on_from_batch_to_batch(tmp_path):
+    folder = tmp_path / "cifar-10-batches-bin"
+    folder.mkdir()
+    for number in (1, 2):
+        records = np.concatenate([np.array([[1], [200], [2]], np.uint8), planes(pixels(3))], axis=1)
+        (folder / f"data_batch_{number}.bin").write_bytes(records.tobytes())
+    np.testing.assert_array_equal(read(folder, skip_bad=True).places, [0, 2, 3, 5])
+    np.testing.assert_array_equal(read(folder, skip_bad=True, limit=3).places, [0, 2, 3])
 
 
 def test_records_that_begin_like_idx(tmp_path):
@@ -640,6 +666,7 @@ def test_values_that_are_not_finite(tmp_path, bad):
         read(tmp_path / "x.npz")
     images = read(tmp_path / "x.npz", skip_bad=True)
     np.testing.assert_array_equal(images.labels, [0, 1, 3, 4])
+    np.testing.assert_array_equal(images.places, [0, 1, 3, 4])
     assert len(images.skipped) == 1
 
 
@@ -773,6 +800,7 @@ def test_bad_rows_and_shards_can_be_skipped(tmp_path):
     pq.write_table(hub_table([good, None, b"no picture", good, good], [0, 1, 1, 0, 1]), tmp_path / "train-0.parquet")
     images = read(tmp_path, skip_bad=True)
     np.testing.assert_array_equal(images.labels, [0, 0, 1])
+    np.testing.assert_array_equal(images.places, [0, 3, 4])
     assert len(images.skipped) == 3
 
 
@@ -809,7 +837,14 @@ def test_folders_by_class_in_natural_order(picture_folder):
     np.testing.assert_array_equal(images.labels, [0, 1, 1, 2])
     np.testing.assert_array_equal(images.pixels[:, 0, 0, 0], [10, 20, 100, 10])
     assert any("Thumbs.db" in warning for warning in images.warnings)
-    np.testing.assert_array_equal(read(picture_folder, limit=3).labels, [0, 1, 2])
+    assert images.files == ("ant/img1.png", "cat2/img2.png", "cat2/img10.png", "cat10/img1.png")
+    some = read(picture_folder, limit=3)
+    np.testing.assert_array_equal(some.labels, [0, 1, 2])
+    np.testing.assert_array_equal(some.places, [0, 1, 3])  # of all, whatever the limit
+    (picture_folder / "ant" / "img1.png").write_bytes(b"")
+    kept = read(picture_folder, skip_bad=True)
+    np.testing.assert_array_equal(kept.places, [1, 2, 3])
+    assert kept.files == images.files[1:]
 
 
 def test_a_flat_folder_and_one_file(picture_folder):
@@ -827,6 +862,7 @@ def test_folders_of_splits(picture_folder, tmp_path):
     (root / "val").mkdir()
     (root / "val" / "x.png").write_bytes(encoded(pixels(1)[0]))
     assert len(read(root)) == 4
+    assert read(root).files[0] == "train/ant/img1.png"
     assert len(read(root, split="validation")) == 1
     with pytest.raises(DataError, match="no split 'test', only train, validation"):
         read(root, split="test")
