@@ -19,9 +19,19 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, ArrayLike, Float, Int, Real
 from numpy.typing import NDArray
 
-from hopjax.moments import QUANTITIES, Moments, Softmax, all_reduce, empty
-from hopjax.tiled import needed
-from hopjax.tiles import Rows, Tile, accumulate, by_rows, check_beta, check_rows, default_tile
+from hopjax.moments import QUANTITIES, Moments, Softmax, all_reduce, empty, needed
+from hopjax.tiles import (
+    Rows,
+    Tile,
+    accumulate,
+    by_rows,
+    check_beta,
+    check_own,
+    check_prior,
+    check_rows,
+    check_stored,
+    default_tile,
+)
 
 STATES, MEMORIES = "states", "memories"
 
@@ -100,31 +110,40 @@ def summarise(
 
     Args:
         mesh: with axes "states" and "memories", e.g. `mesh(layout(...))`.
-        states, memories, own, log_prior: of the host, any number of rows; or global arrays already sharded along these axes, which
-            then must divide evenly.
+        states, memories, own, log_prior: of the host, any number of rows; or arrays on devices, which must divide evenly among the shards
+            and are moved unless they are sharded along these axes already.
 
-    Returns: arrays of the host for states of the host, else arrays sharded as the states are.
-    Raises: ValueError for a mesh without those axes, and whatever does not fit.
+    Returns: arrays of the host for states of the host, else arrays sharded along "states".
+    Raises: ValueError for a mesh without those axes, and whatever does not fit; a state that is not its own memory, unless they are
+        spread over processes, where nobody can tell.
     """
     if set(mesh.axis_names) != {STATES, MEMORIES}:
         raise ValueError(f'mesh has axes {mesh.axis_names}: need "{STATES}" and "{MEMORIES}", either of which may have one device')
     check_rows(states, memories)
     check_beta(beta)
     needs, count, total = needed(quantities, stored=own is not None), states.shape[0], memories.shape[0]
-    for rows, axis in ((states, STATES), (memories, MEMORIES)):
+    prior = np.zeros(total, memories.dtype) if log_prior is None else log_prior
+    check_prior(prior, total)
+    if own is not None:
+        check_own(own, count, total)
+        for begun in range(0, count, default_tile().states):
+            check_stored(states, memories, own, begun, begun + default_tile().states)
+    for rows, axis in ((states, STATES), (memories, MEMORIES), (own, STATES), (prior, MEMORIES)):
         if isinstance(rows, Array) and rows.shape[0] % mesh.shape[axis]:
             raise ValueError(
                 f"{rows.shape[0]} {axis} do not divide among {mesh.shape[axis]} devices: give NumPy arrays, which are filled up"
             )
 
-    def place(rows: NDArray[Any] | Array, axis: str, fill: float = 0) -> Array:
-        return rows if isinstance(rows, Array) else distribute(mesh, rows, axis, fill)
+    def place(rows: NDArray[Any] | Array, axis: str, dtype: Any, fill: float = 0) -> Array:
+        if not isinstance(rows, Array):
+            return distribute(mesh, np.asarray(rows, dtype), axis, fill)
+        return jax.device_put(rows.astype(dtype), NamedSharding(mesh, P(axis)))  # nothing moves if they are there
 
-    prior = np.zeros(total, memories.dtype) if log_prior is None else log_prior
     run = _program(mesh, tuple(quantities), needs, tile or default_tile())
-    index = None if own is None else place(own if isinstance(own, Array) else np.asarray(own, np.int32), STATES)
+    index = None if own is None else place(own, STATES, np.int32)
     # Filled-up memories have no weight; filled-up states are cut off.
-    values = run(place(states, STATES), place(memories, MEMORIES), np.asarray(beta, memories.dtype), place(prior, MEMORIES, -np.inf), index)
+    x, y = place(states, STATES, states.dtype), place(memories, MEMORIES, memories.dtype)
+    values = run(x, y, np.asarray(beta, memories.dtype), place(prior, MEMORIES, memories.dtype, -np.inf), index)
     return values if isinstance(states, Array) else {name: np.asarray(value)[:count] for name, value in values.items()}
 
 

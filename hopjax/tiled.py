@@ -27,8 +27,10 @@ from hopjax.tiles import (
     Tile,
     accumulate,
     check_beta,
+    check_own,
     check_prior,
     check_rows,
+    check_stored,
     default_tile,
     density_prior,
     energies,
@@ -41,16 +43,13 @@ __all__ = [
     "QUANTITIES",
     "Block",
     "Feed",
-    "Rows",
     "Sizes",
     "Tile",
-    "default_tile",
     "density_prior",
     "energies",
     "energy_changes",
     "feed",
     "log_sums",
-    "needed",
     "pieces",
     "plan",
     "quantities",
@@ -146,10 +145,7 @@ def stream(
     needs = needed(quantities, stored=own is not None)
     if own is not None:
         own = np.asarray(own)
-        if own.shape != states.shape[:1] or own.min() < 0 or own.max() >= len(memories):
-            raise ValueError(
-                f"own must hold one index per state, 0 … {len(memories) - 1}: got shape {own.shape}, {own.min()} … {own.max()}"
-            )
+        check_own(own, len(states), len(memories))
     sizes = plan(len(states), memories, needs, memory_limit, tile)
     return _blocks(states, feed(memories, log_prior, sizes.memories), beta, tuple(quantities), needs, own, sizes, start)
 
@@ -213,7 +209,7 @@ def _blocks(
         x = jnp.asarray(states[first:end], b.dtype)
         me = own_prior = None
         if own is not None:
-            _check_stored(states, feed.memories, own, begun, end)
+            check_stored(states, feed.memories, own, begun, end)
             me, own_prior = own[first:end].astype(np.int32), feed.prior[own[first:end]]
         moments = _none(x, needs)
         for place, offset, memories in feed:
@@ -222,13 +218,6 @@ def _blocks(
             moments = _step(moments, x, memories, b, offset, me, needs=needs, rows=sizes.tile, first=place)
         values = _finish(moments, x, b, own_prior, names=quantities)
         yield Block(slice(begun, end), {name: np.asarray(value)[begun - first :] for name, value in values.items()})
-
-
-def _check_stored(states: Rows, memories: Rows, own: NDArray[np.integer], begun: int, end: int) -> None:
-    different = np.any(np.asarray(states[begun:end]) != np.asarray(memories[own[begun:end]]), axis=1)
-    if different.any():
-        row = begun + int(np.argmax(different))
-        raise ValueError(f"state {row} is not its own memory {own[row]}: they must be equal number for number (or NaN is among them)")
 
 
 def summarise(

@@ -149,7 +149,7 @@ def _added(total: Array, term: Array, first: Array) -> Array:
     return lax.dynamic_update_slice_in_dim(total, lax.dynamic_slice_in_dim(total, first, term.shape[0]) + term, first, 0)
 
 
-def _checked(states: Array, memories: Array, own: Any, log_prior: Any) -> tuple[Array | None, Array]:
+def _checked(states: Array, memories: Array, own: Any, log_prior: Any, *, least: int | None) -> tuple[Array | None, Array]:
     """The states' own indices, if any, and the memories' offsets; raises ValueError for what does not fit."""
     check_rows(states, memories)
     count = memories.shape[0]
@@ -157,10 +157,37 @@ def _checked(states: Array, memories: Array, own: Any, log_prior: Any) -> tuple[
     check_prior(offset, count)
     if own is None:
         return None, offset
-    own = jnp.asarray(own, jnp.int32)
-    if own.shape != states.shape[:1]:
-        raise ValueError(f"own has shape {own.shape}: need ({states.shape[0]},), one index per state")
-    return own, offset
+    check_own(own, states.shape[0], count, least=least)
+    return jnp.asarray(own, jnp.int32), offset
+
+
+def _is_known(*arrays: Any) -> bool:
+    """Whether their numbers are at hand, here and now: those of a program's arguments are not, nor those that other processes hold."""
+    return not any(isinstance(a, jax.core.Tracer) or (isinstance(a, Array) and not a.is_fully_addressable) for a in arrays)
+
+
+def check_own(own: Any, states: int, memories: int, *, least: int | None = 0) -> None:
+    """Raises ValueError unless there is one index per state, in range where it is known; with `least` None negative ones mean no memory."""
+    if np.shape(own) != (states,):
+        raise ValueError(f"own has shape {np.shape(own)}: need ({states},), one index per state")
+    if _is_known(own):
+        low, high = np.min(index := np.asarray(own)), np.max(index)
+        if high >= memories or (least is not None and low < least):
+            raise ValueError(f"own holds {low} … {high}: need indices of memories, 0 … {memories - 1}")
+
+
+def check_stored(states: Rows, memories: Rows, own: Any, begun: int, end: int) -> None:
+    """Raises ValueError unless these states, if they are known, are the memories that `own` says."""
+    if not _is_known(states, memories, own):
+        return
+    mine = np.asarray(own)[begun:end]
+    with jax.ensure_compile_time_eval():  # the caller may be traced although these are not
+        different = np.any(np.asarray(states[begun:end]) != np.asarray(memories[mine]), axis=1)
+    if different.any():
+        row = int(np.argmax(different))
+        raise ValueError(
+            f"state {begun + row} is not its own memory {mine[row]}: they must be equal number for number (or NaN is among them)"
+        )
 
 
 def check_prior(log_prior: Rows, count: int) -> None:
@@ -204,7 +231,7 @@ def log_sums(
         log_prior: log π of each memory; by default π = 1, the paper's Eq. (1).
         tile: by default what is fast on the platform for this dimension.
     """
-    own_index, offset = _checked(states, memories, own, log_prior)
+    own_index, offset = _checked(states, memories, own, log_prior, least=None)
     moments = _moments(states, memories, _positive(beta, memories), offset, own_index, (), tile or default_tile())
     return moments.top + jnp.log(moments.weight)
 
@@ -241,13 +268,16 @@ def quantities(
         own: index of each state among the memories, if all states are stored. A state is then its own memory, and the derivative of that
             memory's term is by the state; the memory's own row gets none of it.
 
-    Raises: ValueError for a name that is none, or of something that has no derivative.
+    Raises: ValueError for a name that is none, or of something that has no derivative; for `own` out of range, or states that are not
+        their own memories, where these are known and not a program's arguments.
     """
     needs = needed(names, stored=own is not None)
     rough = [name for name in names if not QUANTITIES[name].needs <= SMOOTH]
     if rough:
         raise ValueError(f"{rough[0]!r} has no derivative: ask `hopjax.tiled.summarise` for it")
-    own_index, offset = _checked(states, memories, own, log_prior)
+    own_index, offset = _checked(states, memories, own, log_prior, least=0)
+    if own is not None:
+        check_stored(states, memories, own, 0, len(states))
     b = _positive(beta, memories)
     moments = _moments(states, memories, b, offset, own_index, needs, tile or default_tile())
     soft = Softmax(moments, states, b, None if own_index is None else offset[own_index])

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import textwrap
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -28,7 +30,7 @@ MANY_DEVICES = """
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_enable_x64", True)
     from hopjax import mesh, tiled
-    from hopjax.moments import QUANTITIES
+    from hopjax.moments import QUANTITIES, needed
 
     rng = np.random.default_rng(0)
     memories = rng.standard_normal((101, 6))
@@ -48,7 +50,7 @@ MANY_DEVICES = """
     rows = np.asarray(rng.standard_normal((1024, 32)), np.float32)
     counts = {}
     for names in (("energy",), ("energy", "hessian_trace")):
-        needs = tiled.needed(names, stored=False)
+        needs = needed(names, stored=False)
         x, y = mesh.distribute(over, rows, "states"), mesh.distribute(over, rows, "memories")
         offset = mesh.distribute(over, np.zeros(1024, np.float32), "memories")
         program = mesh._program(over, names, needs, tile).lower(x, y, np.float32(9), offset, None).compile()
@@ -60,6 +62,13 @@ MANY_DEVICES = """
     # Memories stay where they are when states and memories come as global arrays.
     values = mesh.summarise(over, x, y, 9.0, ["energy"])
     counts["sharding"] = [str(values["energy"].sharding.spec)]
+    # Arrays that lie elsewhere, or nowhere in particular, are moved.
+    wide = jax.numpy.asarray(memories[:96])
+    expected = tiled.summarise(memories[:96], memories[:96], 9.0, ["excess", "nearest"], own=np.arange(96))
+    for own in (np.arange(96), jax.numpy.arange(96)):
+        found = mesh.summarise(over, wide, wide, 9.0, ["excess", "nearest"], own=own, log_prior=jax.numpy.zeros(96))
+        for name, values in expected.items():
+            np.testing.assert_allclose(found[name], values, rtol=0, atol=1e-13, err_msg=name)
     print(json.dumps(counts))
 """
 
@@ -150,9 +159,25 @@ def test_what_fits_nowhere_is_refused():
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_a_mesh_needs_its_two_axes():
-    import jax
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"own": np.array([0, 1, 3, 2])}, "state 2 is not its own memory 3"),
+        ({"own": np.arange(4) + 1}, "own holds 1 … 4: need indices of memories, 0 … 3"),
+        ({"own": np.arange(4) - 1}, "own holds -1 … 2"),
+        ({"own": np.arange(3)}, r"own has shape \(3,\): need \(4,\)"),
+        ({"log_prior": np.zeros(3)}, r"log_prior has shape \(3,\): need \(4,\)"),
+    ],
+)
+def test_what_does_not_fit_is_named_as_on_one_device(options, message):
+    over, rows = jax.make_mesh((1, 1), ("states", "memories")), np.eye(4, dtype=np.float32)
+    for given in (rows, jnp.asarray(rows)):
+        with pytest.raises(ValueError, match=message):
+            mesh.summarise(over, given, given, 1.0, ["energy"], **options)
 
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_mesh_needs_its_two_axes():
     rows = np.eye(3, dtype=np.float32)
     with pytest.raises(ValueError, match=r'mesh has axes \(.batch.,\): need "states" and "memories"'):
         mesh.summarise(jax.make_mesh((1,), ("batch",)), rows, rows, 1.0, ["energy"])

@@ -582,11 +582,26 @@ def test_errors_come_before_the_work(arguments, message):
 
 @pytest.mark.usefixtures("unchecked")
 def test_own_and_prior_must_fit():
-    for own in (np.arange(3), np.arange(4) + 1, np.arange(4) - 1):
-        with pytest.raises(ValueError, match=r"own must hold one index per state, 0 … 3"):
+    for own, message in (
+        (np.arange(3), r"own has shape \(3,\): need \(4,\)"),
+        (np.arange(4) + 1, "own holds 1 … 4: need indices of memories, 0 … 3"),
+        (np.arange(4) - 1, "own holds -1 … 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
             tiled.stream(X, X, 1.0, ["energy"], own=own)
+        with pytest.raises(ValueError, match=message):
+            tiled.quantities(jnp.asarray(X), jnp.asarray(X), 1.0, ["energy"], own=own)
+    with pytest.raises(ValueError, match="own holds 1 … 4"):
+        jax.jit(lambda x: tiled.log_sums(x, x, 1.0, own=np.arange(4) + 1))(X)
+    assert np.all(np.isfinite(tiled.log_sums(jnp.asarray(X), jnp.asarray(X), 1.0, own=np.full(4, -1))))
     with pytest.raises(ValueError, match="state 2 is not its own memory 3"):
         tiled.summarise(X, X, 1.0, ["energy"], own=np.array([0, 1, 3, 2]))
+    with pytest.raises(ValueError, match="state 2 is not its own memory 3"):
+        tiled.quantities(jnp.asarray(X), jnp.asarray(X), 1.0, ["energy"], own=np.array([0, 1, 3, 2]))
+    constant = jnp.asarray(X)
+    for index in (jnp.array([0, 1, 3, 2]), jnp.arange(4) + 1):
+        with pytest.raises(ValueError, match=r"state 2 is not its own memory 3|own holds 1 … 4"):
+            jax.jit(lambda b, own=index: tiled.quantities(constant, constant, b, ["energy"], own=own))(1.0)
     with pytest.raises(ValueError, match=r"log_prior has shape \(3,\): need \(4,\)"):
         tiled.stream(X, X, 1.0, ["energy"], log_prior=np.zeros(3))
     with pytest.raises(ValueError, match=r"own has shape \(3,\): need \(4,\)"):
