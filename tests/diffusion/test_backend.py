@@ -85,7 +85,13 @@ def test_a_cpu_sums_an_image_over_space_once_for_scale_and_group(key):
 def test_pixels_that_stand_out_cost_no_digits_wherever_they_are(where, key):
     """In float32, against float64: rounding of 4,096 sums, and of the mean where that is large."""
     image = np.array(jax.random.normal(key, (1, 64, 64, 4), np.float32))
-    out = {"middle": (32, 32), "corner": (0, 0), "looked at": (slice(0, None, 4), slice(0, None, 4)), "row": (5,), "everywhere": ()}
+    out: dict[str, tuple[Any, ...]] = {
+        "middle": (32, 32),
+        "corner": (0, 0),
+        "looked at": (slice(0, None, 4), slice(0, None, 4)),
+        "row": (5,),
+        "everywhere": (),
+    }
     image[(0, *out[where])] += 1000
     found = jax.jit(lambda x: backend._normalise_by_channel(x, jnp.ones(4, x.dtype), jnp.zeros(4, x.dtype), 2, 1e-5))
     exact = np.asarray(found(image.astype(np.float64)))
