@@ -78,7 +78,7 @@ class Reading:
     size: Annotated[
         int | tuple[int, int] | None,
         Parameter(
-            name=["--size", "--image-size"],
+            name="--image-size",
             converter=_side,
             n_tokens=1,
             negative="",
@@ -95,24 +95,6 @@ class Reading:
         from hopjax import data
 
         return data.read(path, split=self.split, size=self.size, greyscale=self.grey, skip_bad=self.skip_bad, limit=self.limit)
-
-
-@Parameter(name="*", group="Reading")
-@dataclass(frozen=True)
-class BufferReading(Reading):
-    """How DATA are read where --size is that of the buffer."""
-
-    size: Annotated[
-        int | tuple[int, int] | None,
-        Parameter(
-            name="--image-size",
-            converter=_side,
-            n_tokens=1,
-            negative="",
-            metavar="SIDE",
-            help="Stretch images to SIDE or HEIGHTxWIDTH (default: leave them).",
-        ),
-    ] = None
 
 
 @dataclass(frozen=True)
