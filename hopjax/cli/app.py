@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import App, Parameter
 
 from hopjax.cli.compilation import keep_programs
-from hopjax.cli.options import BufferReading, BufferSize, Choice, Machine, Model, Reading, Temperature, UsageError, Whole, need
-from hopjax.cli.output import check_suffix, check_writable, write
+from hopjax.cli.options import BufferSize, Choice, Machine, Model, Reading, Temperature, UsageError, Whole, need
+from hopjax.cli.output import check_apart, check_suffix, check_writable, write
 from hopjax.cli.progress import Screen
 
 if TYPE_CHECKING:
@@ -59,12 +59,17 @@ def configure(machine: Machine) -> None:
     keep_programs()
 
 
-def _checked(out: Path | None, page: Path | None) -> Path:
-    """The page to write; raises UsageError unless it and the table can be, before the work and not after it."""
+def _checked(out: Path | None, page: Path | None, *sources: str | Path | None) -> Path:
+    """The page to write; raises UsageError unless it and the table can be, and are none of what is read, before the work and not after."""
+    from hopjax.data import SAMPLES
+
     page = page or (out or Path()).with_suffix(".html")
+    read = [source for source in sources if source and source not in SAMPLES]
     if out is not None:
         check_suffix(out)
+        check_apart("--out", out, read)
         check_writable("--out", out)
+    check_apart("--page", page, read)
     check_writable("--page", page)
     if page == out:
         raise UsageError(f"--page {page} is the table's file as well: take --page {page.with_suffix('.html')}")
@@ -101,14 +106,14 @@ def energies(
 ) -> int:
     """Write a table with one row per sample, and a page that shows which will be forgotten first.
 
-    Columns: index in DATA, file (of a folder), label, energy, excess (E + ½|x|²), log leakage, sharpness, predicted rise under a small rotation, log self
-    weight, nearest other sample and its distance, and the energy change ΔE where there is a Task 2.
+    Columns: index in DATA, file (of a folder), label, energy, excess (E + ½|x|²), log leakage, sharpness, predicted rise under a small
+    rotation, log self weight, nearest other sample and its distance, and the energy change ΔE where there is a Task 2.
 
     Example: CIFAR-10's animals, and what learning its other classes does to them:
 
         python -m hopjax energies cifar-10-batches-py --classes bird,cat,deer,dog,horse --task2-classes airplane,automobile,frog,ship,truck
     """
-    page = _checked(out, page)
+    page = _checked(out, page, data, choice.task2)
     configure(machine)
     screen = Screen()
     from hopjax.cli import energies as pictures
@@ -144,7 +149,7 @@ def buffer(
     choice: Choice = Choice(),
     temperature: Temperature = Temperature(),
     model: Model = Model(),
-    reading: BufferReading = BufferReading(),
+    reading: Reading = Reading(),
     machine: Machine = Machine(),
 ) -> int:
     """Write the indices of the samples to replay, in order of choice, and a page that shows what that saves.
@@ -156,7 +161,7 @@ def buffer(
         python -m hopjax buffer mnist-5k --size 10% --policy coverage --rotate 30
     """
     need(seed >= 0, "--seed", seed, "0 ≤ seed", 0)
-    page = _checked(out, page)
+    page = _checked(out, page, data, choice.task2)
     configure(machine)
     screen = Screen()
     from hopjax.cli import buffer as replay
@@ -198,7 +203,7 @@ def sensitivity(
 
         python -m hopjax sensitivity mnist-5k
     """
-    page = _checked(out, page)
+    page = _checked(out, page, data, choice.task2)
     configure(machine)
     screen = Screen()
     from hopjax.cli import sensitivity as study
@@ -232,7 +237,7 @@ def compare(
         python -m hopjax energies mnist-5k --perplexity 5 --out results/sharp.parquet
         python -m hopjax compare results/energies.parquet results/sharp.parquet
     """
-    page = _checked(out, page)
+    page = _checked(out, page, a, b)
     screen = Screen()
     from hopjax.cli import compare as comparison
 

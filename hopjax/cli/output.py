@@ -3,6 +3,7 @@
 import contextlib
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from hopjax.cli.options import UsageError
@@ -26,6 +27,16 @@ def check_writable(option: str, path: Path) -> None:
             pass
     except OSError as error:
         raise UsageError(f"{option} {path} cannot be written ({error.strerror}): name a file that can") from None
+
+
+def check_apart(option: str, path: Path, sources: Iterable[str | Path]) -> None:
+    """Raises UsageError for a file to write that is one of these, or lies in a folder among them: what is read is not written to."""
+    for source in map(os.path.expanduser, sources):
+        with contextlib.suppress(OSError, ValueError):  # what cannot be read is refused where it is read
+            if path.exists() and os.path.samefile(path, source):
+                raise UsageError(f"{option} {path} is what is read: name another file")
+            if os.path.isdir(source) and path.resolve().is_relative_to(Path(source).resolve()):
+                raise UsageError(f"{option} {path} is in the folder {source}, which is read: name a file outside it")
 
 
 def write(path: Path, content: bytes) -> None:

@@ -26,7 +26,7 @@ PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn"}
 
 
 class Content(NamedTuple):
-    """What a format's reader finds: pixels (n, h, w, c), labels (n,) if any, names of the classes if known; places and files as in `Images`.
+    """What a format's reader finds: pixels (n, h, w, c), labels (n,) if any, names of the classes if known; places and files of `Images`.
 
     A batch or shard that cannot be read at all is not known to hold anything: it counts for no places.
     """

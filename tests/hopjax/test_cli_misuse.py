@@ -32,6 +32,9 @@ def here(tmp_path, monkeypatch):
     black = random.integers(1, 256, (20, 3, 3, 1), dtype=np.uint8)
     black[7] = 0
     np.save("black.npy", black)
+    np.savez("own.npz", random.integers(1, 256, (20, 3, 3, 1), dtype=np.uint8))
+    os.symlink("own.npz", "same.npz")
+    os.mkdir("sub")
 
 
 def test_what_is_tested_below_is_refused_for_its_own_reason(capsys):
@@ -50,9 +53,9 @@ def test_what_is_tested_below_is_refused_for_its_own_reason(capsys):
         (["energies", "plain.npy", "--nonsense"], ("--nonsense", "--help")),
         (["energies", "plian.npy"], ("plian.npy: does not exist", "did you mean plain.npy?", "mnist-5k")),
         (["energies", "plain.npy", "--split", "test"], ("plain.npy", "leave --split 'test' out")),
-        (["energies", "rows.npy", "--size", "4"], ("rows of numbers", "size")),
-        (["energies", "plain.npy", "--size", "0"], ("size", "between 1 and", "0")),
-        (["energies", "plain.npy", "--size", "axb"], ("--size axb", "HEIGHTxWIDTH", "--size 32")),
+        (["energies", "rows.npy", "--image-size", "4"], ("rows of numbers", "size")),
+        (["energies", "plain.npy", "--image-size", "0"], ("size", "between 1 and", "0")),
+        (["energies", "plain.npy", "--image-size", "axb"], ("--image-size axb", "HEIGHTxWIDTH", "--image-size 32")),
         (["energies", "plain.npy", "--limit", "0"], ("limit", "at least 1", "0")),
         (["energies", "plain.npy", "--limit", "ten"], ("--limit ten", "whole number", "--limit 20")),
         (["energies", "three.npy"], ("three.npy: 3 samples", "at least 4")),
@@ -92,6 +95,17 @@ def test_what_is_tested_below_is_refused_for_its_own_reason(capsys):
         (["energies", "plain.npy", "--page", "/dev/null/t.html"], ("--page /dev/null/t.html", "cannot be written")),
         (["energies", "plain.npy", "--page", "."], ("--page .", "it is a folder")),
         (["energies", "plain.npy", "--out", "t.csv", "--page", "t.csv"], ("--page t.csv", "take --page t.html")),
+        (["energies", "own.npz", "--out", "own.npz"], ("--out own.npz", "is what is read", "another file")),
+        (["energies", "own.npz", "--out", "sub/../own.npz"], ("--out sub/../own.npz", "is what is read")),
+        (["energies", "digits", "--task2", "own.npz", "--out", "same.npz"], ("--out same.npz", "is what is read")),
+        (["energies", "own.npz", "--page", "own.npz"], ("--page own.npz", "is what is read")),
+        (["energies", "sub", "--out", "sub/new/t.csv"], ("--out sub/new/t.csv", "in the folder sub", "outside")),
+        (["energies", "."], ("--out results/energies.parquet", "in the folder .", "outside")),
+        (["buffer", "own.npz", "--size", "3", "--policy", "lowest", "--out", "own.npz"], ("--out own.npz", "is what is read")),
+        (["sensitivity", "own.npz", "--page", "own.npz"], ("--page own.npz", "is what is read")),
+        (["compare", "own.npz", "b.csv", "--out", "own.npz"], ("--out own.npz", "is what is read")),
+        (["compare", "a.csv", "own.npz", "--out", "own.npz"], ("--out own.npz", "is what is read")),
+        (["energies", "plain.npy", "--size", "4"], ("--size", "--help")),
         (["buffer", "plain.npy", "--policy", "highest"], ("--size", "--help")),
         (["buffer", "plain.npy", "--size", "3"], ("--policy", "--help")),
         (["buffer", "plain.npy", "--size", "3", "--policy", "best"], ("best", "--policy", "coverage")),
@@ -116,7 +130,9 @@ def test_what_is_tested_below_is_refused_for_its_own_reason(capsys):
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_misuse_is_one_line_and_status_2(capsys, arguments, names, tmp_path):
+    before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*") if path.is_file())
     assert main(arguments) == 2
+    assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*") if path.is_file()) == before
     output, errors = capsys.readouterr()
     assert output == ""
     assert errors.startswith("error: ")
@@ -178,7 +194,7 @@ def test_every_option_says_its_default(capsys):
         printed = capsys.readouterr().out
         assert f"python -m hopjax {command}" in printed.partition("Example")[2]
         rows = [line.strip("│ ") for line in printed.splitlines() if line.startswith("│")]
-        texts = " ".join(rows).replace("--colour", "").replace("--image-size", "size").split(" --")
+        texts = " ".join(rows).replace("--colour", "").replace("--image-size", "--size").split(" --")
         options = {name.replace("-", "_"): text for name, _, text in (text.partition(" ") for text in texts[1:])}
         if command != "compare":
             fields = {field.name for group in (Reading, Choice, Temperature, Model, Machine) for field in dataclasses.fields(group)}
