@@ -1,5 +1,6 @@
 """Finished blocks of a long computation, kept beside the file that they will become."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -47,8 +48,10 @@ class Partial:
         write(self._file(stage, start), buffer.getvalue())
 
     def discard(self) -> None:
-        """To be called when the file is there."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """To be called when the file is there: what other settings have begun is kept."""
+        shutil.rmtree(self._blocks, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
 
     def _file(self, stage: str, start: int) -> Path:
         return self._blocks / f"{stage}-{start:012d}.npz"

@@ -52,12 +52,16 @@ def test_a_torn_block_counts_as_missing(damage, tmp_path):
     assert resume.joined(kept.load("a"))["energy"].tolist() == [1, 2]
 
 
-def test_the_folder_disappears_with_all_settings(tmp_path):
-    for beta in (1, 2):
-        Partial(tmp_path / "t.csv", {"beta": beta}).save("a", 0, block(1))
-    Partial(tmp_path / "t.csv", {"beta": 1}).discard()
+def test_the_folder_disappears_with_the_last_setting(tmp_path):
+    one, other = (Partial(tmp_path / "t.csv", {"beta": beta}) for beta in (1, 2))
+    for kept in (one, other):
+        kept.save("a", 0, block(1))
+    one.discard()
+    assert one.load("a") == []
+    assert len(other.load("a")) == 1
+    other.discard()
     assert list(tmp_path.iterdir()) == []
-    Partial(tmp_path / "t.csv", {"beta": 1}).discard()  # nothing was kept
+    other.discard()  # nothing was kept
 
 
 # ---- The commands --------------------------------------------------------------------------------------------------------
