@@ -90,6 +90,16 @@ class AutoencoderKLConfig:
             raise ValueError(f"an image of {height} × {width} cannot be encoded: height and width must be at least {self.factor}")
         return height // self.factor, width // self.factor
 
+    def whole_latent_size(self, height: int, width: int) -> tuple[int, int]:
+        """The same of an image that is decoded to its own size.
+
+        Raises: ValueError besides for an image whose last rows or columns have no latents.
+        """
+        size, factor = self.latent_size(height, width), self.factor
+        if height % factor or width % factor:
+            raise ValueError(f"images of {height} × {width} are not decoded from latents: height and width must be multiples of {factor}")
+        return size
+
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "AutoencoderKLConfig":
         """The configuration in a parsed config.json; names that begin with an underscore are diffusers' own record-keeping.

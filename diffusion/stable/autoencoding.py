@@ -89,11 +89,9 @@ def train_autoencoder(
     """
     pixels = checked(images).pixels
     height, width, channels = pixels.shape[1:]
-    if channels != config.in_channels or height % config.factor or width % config.factor:
-        raise ValueError(
-            f"{images.source}: images of {height} × {width} with {channels} channels: the autoencoder takes {config.in_channels} channels, "
-            f"and height and width in multiples of {config.factor}"
-        )
+    if channels != config.in_channels:
+        raise ValueError(f"{images.source}: images have {channels} channels, the autoencoder takes {config.in_channels}")
+    config.whole_latent_size(height, width)
     parameters_key, key = jax.random.split(jax.random.key(how.seed))
     graphdef, params = nnx.split(initialise(lambda rngs: AutoencoderKL(config, rngs=rngs), parameters_key), nnx.Param)
     transformation = how.optimiser.transformation(how.steps)

@@ -69,12 +69,10 @@ class LatentModel:
         Raises: ValueError for images of other channels, or that are not decoded from latents.
         """
         height, width, channels = shape
-        autoencoder, factor = self.stable.vae.config, self.stable.vae.config.factor
+        autoencoder = self.stable.vae.config
         if channels != autoencoder.in_channels:
             raise ValueError(f"the model to start from takes {autoencoder.in_channels} channels, the images have {channels}")
-        if height % factor or width % factor:
-            raise ValueError(f"images of {height} × {width} are not decoded from latents: height and width must be multiples of {factor}")
-        size = autoencoder.latent_size(height, width)
+        size = autoencoder.whole_latent_size(height, width)
         return dataclasses.replace(self.unet.config, dropout=dropout, sample_size=size[0] if size[0] == size[1] else size)
 
     def batch(self, images: Images, *, pixels: bool, progress: Callable[[int], None] = lambda _: None) -> Latents:

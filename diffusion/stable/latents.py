@@ -117,7 +117,7 @@ class LatentCache:
         finite = np.isfinite(found).all(axis=(1, 2, 3))
         if not finite.all():
             raise ValueError(
-                f"the autoencoder makes of image {rows[np.argmin(finite)]} latents that are not finite: compute it in float32, not in "
+                f"the autoencoder makes of image {rows[np.argmin(finite)] + 1} latents that are not finite: compute it in float32, not in "
                 f"{self._dtype}, and see that its weights are whole"
             )
         return found

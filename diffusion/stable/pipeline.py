@@ -18,7 +18,7 @@ import functools
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -48,7 +48,7 @@ from diffusion.stable.unet import UNet2DCondition
 from diffusion.weights import CONFIG, new_folder, read_json, read_network, refuse_single_file, write_bytes, write_json, write_network
 
 Latents: TypeAlias = Float[Array, "n h w z"]
-Pixels: TypeAlias = Shaped[np.ndarray, "n h w c"] | Shaped[Array, "n h w c"]
+Pixels: TypeAlias = Shaped[np.ndarray, "n h w c"] | Shaped[Array, "n h w c"] | Sequence[Any]
 Places: TypeAlias = Int[np.ndarray, " b"]
 Run: TypeAlias = Callable[[Network, Places], Samples]
 Progress: TypeAlias = Callable[[int, int], None]
@@ -91,8 +91,8 @@ class _Asked(NamedTuple):
 class StableDiffusion:
     """The networks, and what they are called with. `dataclasses.replace` exchanges one, say for a network that was trained further.
 
-    Images that are given are bytes, or numbers from 0 to 1. Image i of a call depends on the key and i alone, whatever the batch, to the
-    rounding of a program for another batch.
+    Images that are given are bytes, or numbers from 0 to 1: an array, or a list of arrays or pictures of Pillow of one size. Image i of a
+    call depends on the key and i alone, whatever the batch, to the rounding of a program for another batch.
 
     Raises: ValueError in one line for parts that do not fit each other.
     """
@@ -211,7 +211,8 @@ class StableDiffusion:
 
         Raises: ValueError for images that cannot be encoded, or pixels that are neither bytes nor from 0 to 1.
         """
-        self.vae.config.latent_size(*_size(images))
+        images = _array("images", images)
+        self.vae.config.latent_size(*images.shape[1:3])
         if images.shape[3] != self.vae.config.in_channels:
             raise ValueError(f"images have {images.shape[3]} channels, the autoencoder takes {self.vae.config.in_channels}")
         if images.dtype != np.uint8:
@@ -220,24 +221,25 @@ class StableDiffusion:
                 raise ValueError(f"pixels lie between {low:g} and {high:g}: give bytes, or numbers from 0 to 1")
         graphdef, params = nnx.split(self.vae, nnx.Param)
         found = []
-        for places in filled_batches(len(images), batch):
+        for places in filled_batches(len(images), _whole_number("batch", batch)):
             given = to_model(jnp.asarray(images[places]))
             found.append(_encoder(graphdef)(params, given.astype(at_least_float32(self.vae.dtype))))
         return self.vae.config.scaling_factor * jnp.concatenate(found)[: len(images)]
 
-    def decode(self, latents: Latents, *, batch: int = 4) -> Float[np.ndarray, "n _ _ c"]:
+    def decode(self, latents: Latents | Float[np.ndarray, "n h w z"], *, batch: int = 4) -> Float[np.ndarray, "n _ _ c"]:
         """The pixels of latents that were × `scaling_factor`, clipped to −1 … 1; `batch` as for `encode`.
 
-        Raises: ValueError naming the first latents that are decoded to what is no number.
+        Raises: ValueError for what is no array of latents, and naming the first, from 1, that are decoded to what is no number.
         """
+        latents = jnp.asarray(_array("latents", latents))
         graphdef, params = nnx.split(self.vae, nnx.Param)
         found = []
-        for places in filled_batches(len(latents), batch):
+        for places in filled_batches(len(latents), _whole_number("batch", batch)):
             found.append(np.asarray(_decoder(graphdef)(params, latents[places] / self.vae.config.scaling_factor)))
         pixels = np.concatenate(found)[: len(latents)]
         finite = np.isfinite(pixels).all(axis=(1, 2, 3))
         if not finite.all():
-            raise ValueError(f"latents {np.argmin(finite)} are decoded to pixels that are not finite: {_advice(self.vae.dtype)}")
+            raise ValueError(f"latents {np.argmin(finite) + 1} are decoded to pixels that are not finite: {_advice(self.vae.dtype)}")
         return np.clip(pixels, -1, 1)
 
     def text_to_image(
@@ -269,8 +271,9 @@ class StableDiffusion:
 
         Raises: ValueError in one line for what is out of range, and for latents that are not finite, naming the step.
         """
+        _check_key(key)
         shape = (*self._latent_size(size), self.unet.config.in_channels)
-        sampling = self.scheduler(scheduler).sampling(steps, scan=stepwise)
+        sampling = self.scheduler(scheduler).sampling(_whole_number("steps", steps), scan=stepwise)
 
         def run(epsilon: Network, places: Places) -> Samples:
             return sampling(epsilon, self._noise(key, places, shape), self.objective.schedule)
@@ -304,14 +307,16 @@ class StableDiffusion:
         """
         if not 0 < strength <= 1:
             raise ValueError(f"strength = {strength} is out of range: need 0 < strength ≤ 1")
-        self._whole_latents(*_size(images))
-        _same_number("prompts", prompts, "images", images)
+        _check_key(key)
+        steps, images = _whole_number("steps", steps), _array("images", images)
+        self.vae.config.whole_latent_size(*images.shape[1:3])
         last = int(steps * strength)
         if last < 1 <= steps:
             raise ValueError(f"strength = {strength} leaves none of {steps} steps: need strength ≥ {1 / steps:g}")
         sampling = self.scheduler(scheduler).sampling(steps, last=last, scan=stepwise)
         schedule = self.objective.schedule
         asked = self._ask(prompts, negative_prompts, guidance)
+        _same_number("prompts", asked.ids, "images", images)
         clean = self.encode(images, batch=batch)
 
         def run(epsilon: Network, places: Places) -> Samples:
@@ -339,13 +344,14 @@ class StableDiffusion:
         Raises: ValueError as for `text_to_image`, and for a timestep that is not in the schedule.
         """
         schedule = self.objective.schedule
-        self._whole_latents(*_size(images))
-        prompts = [""] * len(images) if prompts is None else prompts
-        _same_number("prompts", prompts, "images", images)
+        _check_key(key)
+        timestep, images = _whole_number("timestep", timestep), _array("images", images)
+        self.vae.config.whole_latent_size(*images.shape[1:3])
         if not 0 < timestep < schedule.timesteps:
             raise ValueError(f"timestep = {timestep} is out of range: need 0 < timestep < {schedule.timesteps}")
         sampler = dataclasses.replace(reverse_process(schedule, timestep), scan=stepwise)
-        asked = self._ask(prompts, None, guidance)
+        asked = self._ask([""] * len(images) if prompts is None else prompts, None, guidance)
+        _same_number("prompts", asked.ids, "images", images)
         clean = self.encode(images, batch=batch)
 
         def run(epsilon: Network, places: Places) -> Samples:
@@ -355,17 +361,11 @@ class StableDiffusion:
 
     def _latent_size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
         if size is not None:
-            return self._whole_latents(*((size, size) if isinstance(size, int) else size))
+            return self.vae.config.whole_latent_size(*_sides(size))
         usual = self.unet.config.sample_size
         if usual is None:
             raise ValueError("size must be given: the U-Net's config.json has no sample_size")
         return (usual, usual) if isinstance(usual, int) else usual
-
-    def _whole_latents(self, height: int, width: int) -> tuple[int, int]:
-        factor, size = self.vae.config.factor, self.vae.config.latent_size(height, width)
-        if height % factor or width % factor:
-            raise ValueError(f"images of {height} × {width} are not decoded from latents: height and width must be multiples of {factor}")
-        return size
 
     def _noise(self, key: Key[Array, ""], places: Places, shape: tuple[int, ...]) -> Latents:
         return _normal(key, places, shape).astype(at_least_float32(self.unet.dtype))
@@ -374,8 +374,8 @@ class StableDiffusion:
         if not (math.isfinite(guidance) and guidance >= 0):
             raise ValueError(f"guidance = {guidance} is out of range: it must be finite, and 0 or more")
         tokens = self.tokenizer(prompts)
-        negative = self.tokenizer([""] * len(prompts) if negative_prompts is None else negative_prompts)
-        _same_number("negative prompts", negative.cut, "prompts", prompts)
+        negative = self.tokenizer([""] * len(tokens.cut) if negative_prompts is None else negative_prompts)
+        _same_number("negative prompts", negative.cut, "prompts", tokens.cut)
         for line in (*tokens.warnings, *(f"negative {line}" for line in negative.warnings)):
             warnings.warn(line, stacklevel=3)
         return _Asked(tokens.ids, negative.ids, guidance)
@@ -386,7 +386,7 @@ class StableDiffusion:
         graphdef, params = nnx.split(self.unet, nnx.Param)
         guided = _guided_noise(graphdef, self.objective)
         guidance = None if asked.guidance == 1 else jnp.asarray(asked.guidance, at_least_float32(self.unet.dtype))
-        batches = filled_batches(len(asked.ids), batch)
+        batches = filled_batches(len(asked.ids), _whole_number("batch", batch))
         done = 0
 
         def noise_function(places: Places) -> Network:
@@ -470,10 +470,39 @@ def _keys(key: Key[Array, ""], places: Int[Array, " b"]) -> Key[Array, " b"]:
     return jax.vmap(lambda place: jax.random.fold_in(key, place))(places)
 
 
-def _size(images: Any) -> tuple[int, int]:
-    if images.ndim != 4:
-        raise ValueError(f"images are an array of {images.ndim} axes: need 4, (number, height, width, channels)")
-    return images.shape[1], images.shape[2]
+def _array(what: str, given: Any) -> Any:
+    """Arrays or pictures as one array of images or latents."""
+    if isinstance(given, Sequence):
+        arrays = [np.asarray(one) for one in given]
+        shapes = sorted({array.shape for array in arrays})
+        if len(shapes) > 1:
+            raise ValueError(f"{what} are of shapes {' and '.join(map(str, shapes))}: give those of one shape at once")
+        given = np.stack(arrays) if arrays else np.zeros((0, 0, 0, 0))
+    if not hasattr(given, "ndim"):
+        raise ValueError(f"{what} are of type {type(given).__name__}: give an array, or a list of arrays")
+    if given.ndim != 4:
+        raise ValueError(f"{what} are an array of {given.ndim} axes: need 4, (number, height, width, channels)")
+    if not len(given):
+        raise ValueError(f"there are no {what}: give one or more")
+    return given
+
+
+def _sides(size: Any) -> tuple[int, int]:
+    sides = tuple(size) if isinstance(size, Iterable) else (size, size)
+    if len(sides) != 2 or not all(isinstance(side, (int, np.integer)) for side in sides):
+        raise ValueError(f"size = {size!r} must be a whole number of pixels, or two of them: height and width")
+    return int(sides[0]), int(sides[1])
+
+
+def _whole_number(name: str, value: Any) -> int:
+    if not isinstance(value, (int, np.integer)):
+        raise ValueError(f"{name} = {value!r} must be a whole number")
+    return int(value)
+
+
+def _check_key(key: Any) -> None:
+    if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()):
+        raise ValueError(f"key is of type {type(key).__name__}, not one random key: give jax.random.key(SEED)")
 
 
 def _same_number(what: str, one: Sized, whose: str, other: Sized) -> None:

@@ -120,6 +120,7 @@ class Tokenizer:
             raise ValueError("prompts must be a sequence of strings, not one string: put it into a list")
         if not isinstance(prompts, Iterable):
             raise ValueError(f"prompts = {prompts!r} must be a sequence of strings")
+        prompts = list(prompts)
         ids = np.full((len(prompts), self.length), self._end, np.int32)
         ids[:, 0] = self._begin
         room = self.length - 2

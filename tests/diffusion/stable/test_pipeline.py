@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
 from diffusion.stable.pipeline import StableDiffusion
 from diffusion.weights import CONFIG
@@ -161,10 +162,22 @@ def test_progress_is_told_after_each_evaluation(small, scheduler, evaluations):
     assert told == [(i, 2 * evaluations) for i in range(1, 2 * evaluations + 1)]
 
 
-@pytest.mark.parametrize("size", [2, (6, 10)])
+def test_lists_of_arrays_or_pictures_are_images(small):
+    given = images(2)
+    expected = small.encode(given)
+    np.testing.assert_array_equal(small.encode(list(given)), expected)
+    np.testing.assert_array_equal(small.encode([Image.fromarray(one) for one in given]), expected)
+    asked = {"key": KEY, "steps": 2, "strength": 1}
+    found = small.image_to_image([Image.fromarray(one) for one in given], ["a", "b"], **asked)
+    np.testing.assert_array_equal(found.latents, small.image_to_image(given, ["a", "b"], **asked).latents)
+    np.testing.assert_array_equal(small.decode(np.asarray(expected)), small.decode(expected))
+
+
+@pytest.mark.parametrize("size", [2, (6, 10), np.int64(4), np.array([4, 6])])
+@pytest.mark.usefixtures("unchecked")
 def test_images_of_any_size_do(small, size):
-    found = small.text_to_image(["a cat"], key=KEY, steps=1, size=size)
-    height, width = (size, size) if isinstance(size, int) else size
+    found = small.text_to_image(["a cat"], key=KEY, steps=np.int64(1), size=size, batch=np.int32(2))
+    height, width = (size, size) if np.ndim(size) == 0 else size
     assert found.images.shape == (1, height, width, 3)
     assert np.isfinite(found.latents).all()
 
@@ -235,9 +248,9 @@ def test_a_folder_with_a_scheduler_that_is_not_known_is_read_and_written(folder,
     (model / "scheduler" / "scheduler_config.json").write_text(json.dumps(fields | {"_class_name": method}))
     found = StableDiffusion.from_folder(model)
     found.save_folder(tmp_path / "copy")
-    for name in ("scheduler/scheduler_config.json", "model_index.json"):
+    for name, field in (("scheduler/scheduler_config.json", "_class_name"), ("model_index.json", "scheduler")):
         one, other = (json.loads((place / name).read_text()) for place in (model, tmp_path / "copy"))
-        assert other == other | one
+        assert one[field] == other[field] == (method if field == "_class_name" else ["diffusers", method])
     assert found.scheduler("DPMSolverMultistepScheduler").objective == found.objective
     with pytest.raises(
         ValueError, match=rf'^model_index\.json: scheduler = \'{method}\' is not.*: give scheduler="DPMSolverMultistepS'
@@ -344,7 +357,31 @@ def image(pipeline, prompts=("a cat",), given=None, **options):
         (lambda p: text(p, scheduler="EulerDiscreteScheduler"), "'EulerDiscreteScheduler' is not supported; what is: DDIMScheduler, PNDM"),
         (lambda p: p.reconstruct(images(1), 1000, key=KEY), "timestep = 1000 is out of range: need 0 < timestep < 1000"),
         (lambda p: p.reconstruct(images(1), 0, key=KEY), "timestep = 0 is out of range"),
-        (lambda p: p.decode(jnp.full((2, 2, 2, 3), jnp.nan, jnp.float32)), "latents 0 are decoded to pixels that are not finite: are the"),
+        (lambda p: p.decode(jnp.full((2, 2, 2, 3), jnp.nan, jnp.float32)), "latents 1 are decoded to pixels that are not finite: are the"),
+        (lambda p: text(p, prompts=[None]), "^prompt 1 is None, not a string$"),
+        (lambda p: p.text_to_image(None, key=KEY), "^prompts = None must be a sequence of strings$"),
+        (lambda p: p.image_to_image(images(1), None, key=KEY), "^prompts = None must be a sequence of strings$"),
+        (lambda p: p.text_to_image(["a"], key=0), r"^key is of type int, not one random key: give jax\.random\.key\(SEED\)$"),
+        (lambda p: p.reconstruct(images(1), key=None), "^key is of type NoneType, not one random key"),
+        (lambda p: p.image_to_image(images(1), ["a"], key=jax.random.split(KEY)), "^key is of type .*, not one random key"),
+        (lambda p: text(p, steps=2.0), r"^steps = 2\.0 must be a whole number$"),
+        (lambda p: image(p, steps="2"), "^steps = '2' must be a whole number$"),
+        (lambda p: text(p, batch=1.5), r"^batch = 1\.5 must be a whole number$"),
+        (lambda p: p.reconstruct(images(1), 500.0, key=KEY), r"^timestep = 500\.0 must be a whole number$"),
+        (lambda p: text(p, size=4.0), r"^size = 4\.0 must be a whole number of pixels, or two of them: height and width$"),
+        (lambda p: text(p, size=(4,)), r"^size = \(4,\) must be a whole number of pixels, or two"),
+        (lambda p: text(p, size=(4, 4, 3)), r"^size = \(4, 4, 3\) must be"),
+        (lambda p: text(p, size=(4, 4.5)), r"^size = \(4, 4\.5\) must be"),
+        (lambda p: p.encode(images(0)), "^there are no images: give one or more$"),
+        (lambda p: image(p, given=[], prompts=[]), "^there are no images: give one or more$"),
+        (
+            lambda p: p.encode([images(1)[0], images(1, 6)[0]]),
+            r"^images are of shapes \(4, 4, 3\) and \(6, 6, 3\): give those of one shape",
+        ),
+        (lambda p: p.encode(Image.fromarray(images(1)[0])), "^images are of type Image: give an array, or a list of arrays$"),
+        (lambda p: p.decode(jnp.zeros((2, 2, 3))), r"^latents are an array of 3 axes: need 4, \(number, height, width, channels\)$"),
+        (lambda p: p.decode(jnp.zeros((0, 2, 2, 3))), "^there are no latents: give one or more$"),
+        (lambda p: p.decode(jnp.zeros((1, 2, 2, 4))), "^latents have 4 channels, the autoencoder takes 3"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")
