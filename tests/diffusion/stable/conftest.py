@@ -27,7 +27,8 @@ TABLE = pytest.StashKey[list[Comparison]]()
 HEAD = """# Stable Diffusion v1.5 against torch
 
 Largest difference of two outputs over the standard deviation of the expected one: networks of the published shapes, all their tensors
-random, norms and biases among them. Made by `PARITY_TABLE=docs/stable-parity.md make parity`.
+random, norms and biases among them; and images that whole pipelines end with, whose networks are small.
+Made by `PARITY_TABLE=docs/stable-parity.md make parity`.
 
 """
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "diffusers", "transformers")
