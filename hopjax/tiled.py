@@ -75,8 +75,11 @@ class Sizes(NamedTuple):
     memories: int
 
 
-def plan(count: int, memories: Rows, needs: Collection[str], memory_limit: int, tile: Tile | None) -> Sizes:
-    """Sizes for `count` states and these memories. Raises ValueError for a limit that even the smallest tiles exceed."""
+def plan(count: int, memories: Rows, needs: Collection[str], memory_limit: int, tile: Tile | None, *, beside: int = 0) -> Sizes:
+    """Sizes for `count` states and these memories, and so many more numbers a state.
+
+    Raises: ValueError for a limit that even the smallest tiles exceed.
+    """
     total, dim = memories.shape
     item = jax.dtypes.canonicalize_dtype(memories.dtype).itemsize
     wanted = tile or default_tile()
@@ -84,7 +87,7 @@ def plan(count: int, memories: Rows, needs: Collection[str], memory_limit: int, 
     on_device = isinstance(memories, Array)
     shifted = "closest" in needs  # states, memories and overlaps a second time
     # A state: itself and its results; its mean memory as it is carried, added to, scaled and handed out.
-    per_state = item * (dim * (2 + 4 * ("mean" in needs) + 2 * shifted) + 24)
+    per_state = item * (dim * (2 + 4 * ("mean" in needs) + 2 * shifted) + 24 + beside)
     per_memory = 0 if on_device else 2 * item * (dim + 1)  # one block is computed with while the next arrives
 
     def held(states: int, columns: int, memories: int) -> int:

@@ -326,15 +326,15 @@ MUTATIONS = (
     Mutation(
         "perturbation: tilts of one sign",
         "perturbation",
-        "jnp.array([1.0, -1.0], tilt.dtype)",
-        "jnp.array([1.0, 1.0], tilt.dtype)",
+        "jnp.array([1.0, -1.0], states.dtype)",
+        "jnp.array([1.0, 1.0], states.dtype)",
         "test_perturbation.py::test_a_pair_is_its_definition",
     ),
     Mutation(
         "perturbation: large tilts by the formula for small ones",
         "perturbation",
-        "small = (sums.steepest <= 1)[None]",
-        "small = (sums.steepest <= 1e9)[None]",
+        "small = (sums.steepest <= 1)[:, None]",
+        "small = (sums.steepest <= 1e9)[:, None]",
         "test_perturbation.py::test_a_pair_is_its_definition",
     ),
     Mutation(

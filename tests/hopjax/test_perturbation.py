@@ -32,8 +32,8 @@ def test_a_pair_is_its_definition(seed, beta, radius, tile):
     for first in range(0, 7, tile.states):
         low = max(0, min(first, 7 - tile.states))
         x = states[low : low + tile.states]
-        (one,) = jax.random.split(jax.random.fold_in(key, first), 1)
-        delta = np.asarray(perturbation._directions(one, jnp.asarray(x), jnp.asarray(radius))).astype(np.longdouble)
+        one = jax.random.split(jax.random.fold_in(key, first), 1)
+        delta = np.asarray(perturbation._directions(one, jnp.asarray(x), jnp.asarray(radius))[0]).astype(np.longdouble)
         np.testing.assert_allclose(np.linalg.norm(delta.astype(float), axis=1), radius * np.linalg.norm(x, axis=1), rtol=1e-12)
         x, wide = x.astype(np.longdouble), rows.astype(np.longdouble)
 
@@ -80,6 +80,41 @@ def test_pieces_of_memory_and_priors():
         perturbation_sharpness(key, rows[:20], twice, 3.0, **options).mean,
         rtol=1e-4,
     )
+
+
+def test_pairs_share_their_passes_over_the_memories(monkeypatch):
+    """Seven pairs, three states at a time of eight: a step for each piece of the memories and block of states, not for each pair."""
+    rows, passes = memories(60, 5), []
+    step = perturbation._step
+
+    def counted(*arguments, **static):
+        passes.append(1)
+        return step(*arguments, **static)
+
+    monkeypatch.setattr(perturbation, "_step", counted)
+    options: dict[str, Any] = {"draws": 14, "radius": 0.3, "tile": Tile(3, 7)}
+    together = perturbation_sharpness(jax.random.key(0), rows[:8], rows, 9.0, **options)
+    assert len(passes) == 3
+    monkeypatch.setattr(perturbation, "PAIRS", 3)
+    apart = perturbation_sharpness(jax.random.key(0), rows[:8], rows, 9.0, **options)
+    assert len(passes) == 3 + 3 * 3
+    np.testing.assert_allclose(together.mean, apart.mean, rtol=1e-12)
+    np.testing.assert_allclose(together.standard_error, apart.standard_error, rtol=1e-10)
+
+
+def test_the_compiled_program_keeps_the_limit():
+    count, dim, pairs = 60_000, 784, perturbation.PAIRS
+    sizes = perturbation._sizes(count, np.broadcast_to(np.float32(0), (count, dim)), pairs, tiled.MEMORY_LIMIT, None)
+
+    def shaped(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    sums = jax.eval_shape(lambda x: perturbation._none(x, pairs), shaped(sizes.states, dim))
+    places = shaped(sizes.states, dim), shaped(pairs, sizes.states, dim), shaped(sizes.memories, dim), shaped(), shaped(sizes.memories)
+    program: Any = perturbation._step
+    memory = program.lower(sums, *places, rows=sizes.tile).compile().memory_analysis()
+    held = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+    assert held + 4 * sizes.memories * dim <= tiled.MEMORY_LIMIT
 
 
 @pytest.mark.usefixtures("unchecked")
