@@ -25,17 +25,15 @@ from numpy.typing import NDArray
 from benchmarks.row import Bench, Goal, Row
 from diffusion import backend
 from diffusion.optimiser import Adafactor
-from diffusion.stable.autoencoder import PUBLISHED as AUTOENCODER
 from diffusion.stable.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from diffusion.stable.config import UNet2DConditionConfig
+from diffusion.stable.published import AUTOENCODER, TEXT, UNET
 from diffusion.stable.text_encoder import WEIGHTS as TEXT_WEIGHTS
 from diffusion.stable.text_encoder import CLIPTextConfig, TextEncoder
 from diffusion.stable.unet import UNet2DCondition
 from diffusion.unet import parameter_count
 from diffusion.weights import WEIGHTS, read_network, write_network
 
-UNET = UNet2DConditionConfig()
-TEXT = CLIPTextConfig(hidden_size=768, intermediate_size=3072, projection_dim=768, num_attention_heads=12)
 BATCH, TOKENS = 2, 77
 RATE = 1e-5
 # Rounding of float32 in a hundred layers, of the deviation of the output.
