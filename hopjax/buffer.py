@@ -174,7 +174,9 @@ class GreedyCoverage:
     once bounds what it adds now, and few are evaluated again. That fails for targets with ΔE < 0, which add at most 0 however: the bound
     leaves them out, and holds for any rises. Every place is filled, even if with such targets all samples do harm.
 
-    Cost: t·n products for the first place, usually t·batch for another. Memory: the targets and a few arrays of t × batch.
+    Cost: t·n products for the first place, usually t·batch for another. Every evaluation needs all targets, so they stay on the device,
+    the candidates on the host: with r rows of rises it holds (t + batch)·d + t·(2r + 8) + 6·t·batch numbers at most, 4 bytes each in
+    single precision. Where that is too much, a smaller `batch` chooses the same buffer.
     Accuracy: relative errors of a few eps·(βR² + β|ΔE|) in what samples add, and eps·√t of their sums; R is the largest norm.
 
     Attributes:
@@ -245,6 +247,7 @@ def buffer_gains(
         replayed: the buffer's samples.
         targets, log_sums, rises, subtract_baseline: as in `GreedyCoverage`.
 
+    Memory: (t + z)·d + t·(5r + 8) numbers and tiles of the default size, on the device; a part of the targets at a time gives the same.
     Raises: ValueError for shapes or dtypes that do not fit.
     Accuracy: that of `hopjax.gain` and `hopjax.raw_gain` at a log π_B good to a few eps·βR², R the largest norm.
     """

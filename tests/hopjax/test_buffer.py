@@ -16,6 +16,7 @@ from mpmath import mp, mpf
 import hopjax
 from hopjax import buffer
 from hopjax.buffer import Candidates, ClassBalanced, GreedyCoverage, HighestEnergy, LowestEnergy, Policy, Random, Stratified
+from hopjax.tiles import default_tile
 from tests.strategies import powers, seeds
 
 EPS = float(np.finfo(float).eps)
@@ -405,6 +406,21 @@ def test_memory_is_a_batch_of_candidates():
     base = temporary(3000, 64, 1, 64)
     assert base <= 6 * 4 * 3000 * 64
     assert temporary(3000, 2048, 50, 64) <= base + 8 * 4 * (3000 + 64 * 2048)
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize(("targets", "dim", "draws", "batch"), [(3000, 64, 1, 64), (3000, 784, 50, 64), (20_000, 32, 3, 8)])
+def test_memory_is_what_the_documentation_counts(targets, dim, draws, batch, raw):
+    def held(program, *shapes):
+        analysis = program.lower(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes), raw=raw).compile().memory_analysis()
+        return (analysis.temp_size_in_bytes + analysis.argument_size_in_bytes + analysis.output_size_in_bytes) / 4
+
+    greedy = held(buffer._marginal_gains, (batch, dim), (targets, dim), (targets,), (draws, targets), (targets,), ())
+    assert greedy <= (targets + batch) * dim + targets * (2 * draws + 8) + 6 * targets * batch
+    gains = held(buffer._buffer_gains, (targets, dim), (500, dim), (targets,), (draws, targets), ())
+    tile = default_tile()
+    tiles = 4 * tile.states * min(tile.memories, 500) + 2 * (tile.states + tile.memories) * dim
+    assert gains <= (targets + 500) * dim + targets * (5 * draws + 8) + tiles
 
 
 def test_one_program_for_all_batches(tmp_path):
