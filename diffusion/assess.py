@@ -1,6 +1,7 @@
 """Trained models measured on any number of images: bits that they spend, reconstruction errors, and what a change makes them forget.
 
-Image i depends on the key and i alone: two models asked with equal keys see the same random numbers.
+The random numbers of image i depend on the key and i alone: two models asked with equal keys see the same. So does what is measured,
+whatever the batch, but for the probability flow, whose steps are those that the worst image of a batch needs: within its tolerance.
 """
 
 import abc
@@ -21,8 +22,6 @@ from diffusion.reconstruct import reconstruction_errors
 from diffusion.samplers import Network, noise_function
 from diffusion.schedules import Schedule
 from diffusion.space import PixelSpace, Space
-
-Progress = Callable[[int, int], None] | None
 
 
 def to_8_bits(pixels: UInt8[np.ndarray, "*shape"] | Float32[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
@@ -113,13 +112,13 @@ def assess(
     *,
     key: Key[Array, ""],
     batch: int = 32,
-    progress: Progress = None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> Draws:
     """A measure of all images, batch by batch through one program.
 
     Args:
         images: what the model's space knows of them (`Model.batch`): in that of pixels, as files hold them.
-        progress: told after each batch how many images are done, of how many.
+        progress: told after each batch how many more images are done.
     """
     graphdef, params = nnx.split(model.unet, nnx.Param)
     size = min(batch, len(jax.tree.leaves(images)[0]))
@@ -135,7 +134,7 @@ def forgetting(
     timestep: int | float,
     key: Key[Array, ""],
     batch: int = 32,
-    progress: Progress = None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> Draws:
     """ΔE of images between two models at a timestep (see `intrinsic_forgetting`), with common random numbers, by one program.
 
@@ -143,9 +142,6 @@ def forgetting(
     """
     if nnx.graphdef(before.unet) != nnx.graphdef(after.unet) or before.objective != after.objective:
         raise ValueError("the two models differ in more than their parameters: their densities are of different noise")
-    measure, count = CleanDensity(log_density, timestep), len(jax.tree.leaves(images)[0])
-    found = []
-    for i, model in enumerate((before, after)):
-        told = None if progress is None else lambda done, _, i=i: progress(i * count + done, 2 * count)
-        found.append(assess(model, images, measure, key=key, batch=batch, progress=told))
-    return intrinsic_forgetting(found[0], found[1], before.objective.schedule, timestep=timestep)
+    measure = CleanDensity(log_density, timestep)
+    first, second = (assess(model, images, measure, key=key, batch=batch, progress=progress) for model in (before, after))
+    return intrinsic_forgetting(first, second, before.objective.schedule, timestep=timestep)

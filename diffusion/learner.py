@@ -138,11 +138,4 @@ class UNetLearner:
         ).images
 
     def _assess(self, model: Model, images: Images, measure: Measure, seed: int, progress: Callable[[int], None]) -> Draws:
-        done = 0
-
-        def tell(now: int, _: int) -> None:
-            nonlocal done
-            progress(now - done)
-            done = now
-
-        return assess(model, model.batch(images, pixels=True), measure, key=jax.random.key(seed), batch=self.batch, progress=tell)
+        return assess(model, model.batch(images, pixels=True), measure, key=jax.random.key(seed), batch=self.batch, progress=progress)

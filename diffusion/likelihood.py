@@ -285,14 +285,14 @@ class InBatches(Generic[Params]):
         images: PyTree[Shaped[np.ndarray, "n ..."]],
         *,
         key: Key[Array, ""],
-        progress: Callable[[int, int], None] | None = None,
+        progress: Callable[[int], None] = lambda _: None,
     ) -> Draws:
         """The measure of all images, in memory or mapped from a file: only the rows of a batch are read at a time.
 
         An image may be a row of each of several arrays in a tree.
 
         Args:
-            progress: told after each batch how many images are done, of how many.
+            progress: told after each batch how many more images are done.
 
         Raises: ValueError if there are no images.
         """
@@ -302,6 +302,5 @@ class InBatches(Generic[Params]):
             batch = jax.tree.map(lambda array, rows=rows: jnp.asarray(array[rows]), images)
             keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.asarray(rows))
             parts.append(jax.device_get(self._program(params, batch, keys)))
-            if progress is not None:
-                progress(int(rows[-1]) + 1, count)
+            progress(min(len(rows), count - int(rows[0])))
         return Draws(*(jnp.asarray(np.concatenate(column)[:count]) for column in zip(*parts, strict=True)))

@@ -88,21 +88,14 @@ def likelihood(
         need(0 <= at < last, "--timestep", at, f"0 ≤ timestep < {last}, the schedule's last", last // 2)
         key = jax.random.key(seed)
         with screen.counting("measuring", len(images) * (1 + (after is not None)), 0, unit="images") as tell:
-            done = 0
-
-            def progress(now: int, _: int) -> None:
-                nonlocal done
-                tell(now - done)
-                done = now
-
             if after is None:
                 name, unit = "bits", "bits per dimension"
                 pixels = assess.to_8_bits(images.pixels)
-                found = assess.assess(before, pixels, assess.Bits(log_density, draws, at), key=key, batch=batch, progress=progress)
+                found = assess.assess(before, pixels, assess.Bits(log_density, draws, at), key=key, batch=batch, progress=tell)
             else:
                 name, unit = "forgetting", "ΔE"
                 second = read_model(after)
-                found = assess.forgetting(before, second, images.pixels, log_density, timestep=at, key=key, batch=batch, progress=progress)
+                found = assess.forgetting(before, second, images.pixels, log_density, timestep=at, key=key, batch=batch, progress=tell)
     columns = _described(images) | {name: np.asarray(found.mean), f"{name}_error": np.asarray(found.standard_error)}
     columns |= {"evaluations": np.asarray(found.evaluations), "sample": sample_ids(images)}
     settings = {
@@ -197,14 +190,7 @@ def reconstruct(
         images = images.take(np.arange(min(len(images), first or len(images))))
         key = jax.random.key(seed)
         with screen.counting("reconstructing", len(images), 0, unit="images") as tell:
-            done = 0
-
-            def progress(now: int, _: int) -> None:
-                nonlocal done
-                tell(now - done)
-                done = now
-
-            found = assess(found_model, images.pixels, Reconstruction(timestep, draws), key=key, batch=batch, progress=progress)
+            found = assess(found_model, images.pixels, Reconstruction(timestep, draws), key=key, batch=batch, progress=tell)
         shown = images.pixels[:32]
         graphdef, params = nnx.split(found_model.unet, nnx.Param)
 
