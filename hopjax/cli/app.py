@@ -107,7 +107,8 @@ def energies(
     """Write a table with one row per sample, and a page that shows which will be forgotten first.
 
     Columns: index in DATA, file (of a folder), label, energy, excess (E + ½|x|²), log leakage, sharpness, predicted rise under a small
-    rotation, log self weight, nearest other sample and its distance, and the energy change ΔE where there is a Task 2.
+    rotation, log odds of the others' weight against a sample's own (which tell samples apart at every β), log self weight, nearest other
+    sample and its distance, and the energy change ΔE where there is a Task 2.
 
     Example: CIFAR-10's animals, and what learning its other classes does to them:
 

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from hopjax import buffer as policies
 from hopjax.cli import energies, figures
+from hopjax.cli.heights import Heights, heights
 from hopjax.cli.landscape import Landscape
 from hopjax.cli.options import UsageError
 from hopjax.cli.page import class_name, gallery, render
@@ -73,7 +74,7 @@ def check(policy: str, images: Images) -> None:
 def choose(found: Survey, policy: str, size: int, seed: int, screen: Screen) -> np.ndarray:
     """Rows of the table, most wanted first."""
     table, memories = found.table, found.landscape.memories
-    candidates = policies.Candidates(scores=-energies.odds(table), labels=table.columns.get("label"), rows=memories)
+    candidates = policies.Candidates(scores=heights(table).scores, labels=table.columns.get("label"), rows=memories)
     with screen.counting("choosing", size, 0, unit="samples") as count:
         done = 0
 
@@ -101,7 +102,7 @@ def choose(found: Survey, policy: str, size: int, seed: int, screen: Screen) -> 
 def gains(found: Survey, rows: np.ndarray, seed: int, screen: Screen) -> Gains:
     """What the buffer and random ones save."""
     table, memories = found.table, found.landscape.memories
-    ranked = energies.order(table)
+    ranked = heights(table).order()
     targets = ranked[np.linspace(0, len(ranked) - 1, min(TARGETS, len(ranked))).astype(int)]
     log_sums, rises = _log_sums(table, found.landscape)[targets], _rises(table)[targets]
     candidates = policies.Candidates(rows=memories)
@@ -148,7 +149,7 @@ def page(whole: Table, table: Table, rows: np.ndarray, gained: Gains, images: Im
         table: that of the buffer, whose samples are these rows of it.
     """
     shown = rows[:GALLERY]
-    height = energies.heights(whole)
+    height = heights(whole)
     return render(
         "buffer.html.jinja",
         table.settings,
@@ -160,9 +161,11 @@ def page(whole: Table, table: Table, rows: np.ndarray, gained: Gains, images: Im
         gain=figures.picture(lambda figure: _draw_gains(figure, gained), 9.0, 4.0),
         targets=len(gained.targets),
         seeds=SEEDS,
-        medians=[float(np.median(height[rows])), float(np.median(height))],
+        height=height.name,
+        relative=height.beta is not None,
+        medians=[height.text(float(np.median(scores))) for scores in (height.scores[rows], height.scores)],
         classes=[len(np.unique(labels)) for labels in (whole["label"][rows], whole["label"])] if "label" in whole else None,
-        covered=figures.picture(lambda figure: _draw_covered(figure, whole, rows), 9.0, 4.0),
+        covered=figures.picture(lambda figure: _draw_covered(figure, whole, height, rows), 9.0, 4.0),
         samples=gallery(images, shown, energies.sample_names(whole, shown)),
     )
 
@@ -190,17 +193,16 @@ def _draw_gains(figure: Figure, gained: Gains) -> None:
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, ncols=2)
 
 
-def _draw_covered(figure: Figure, whole: Table, rows: np.ndarray) -> None:
+def _draw_covered(figure: Figure, whole: Table, height: Heights, rows: np.ndarray) -> None:
     """The energies, and the classes, of the buffer against all."""
     labels = whole.columns.get("label")
     panels = figure.subplots(1, 1 if labels is None else 2, squeeze=False)[0]
-    depth = energies.drawable(whole)
-    edges = np.geomspace(depth.min(), depth.max() * (1 + 1e-9), 41)
-    for values, colour, name in ((depth, figures.BLUE, "all samples"), (depth[rows], figures.ORANGE, "buffer")):
+    places = height.places()
+    edges = np.histogram_bin_edges(places, 40)
+    for values, colour, name in ((places, figures.BLUE, "all samples"), (places[rows], figures.ORANGE, "buffer")):
         panels[0].stairs(np.histogram(values, edges)[0] / len(values), edges, fill=True, alpha=0.55, color=colour, label=name)
-    panels[0].set_xlabel(energies.HEIGHTS["paper"])
     panels[0].set_ylabel("share")
-    figures.below_zero(panels[0], depth, labels=5 if len(panels) > 1 else 8)
+    height.label(panels[0], 5 if len(panels) > 1 else 8)
     panels[0].legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, ncols=2)
     if labels is not None:
         names = np.unique(labels)

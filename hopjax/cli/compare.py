@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from scipy.stats import kendalltau, spearmanr
 
 from hopjax.cli import figures
-from hopjax.cli.energies import DOTS, GALLERY, odds
+from hopjax.cli.energies import DOTS, GALLERY
+from hopjax.cli.heights import heights
 from hopjax.cli.options import Choice, Reading, UsageError
 from hopjax.cli.page import gallery, number, render
 from hopjax.cli.table import Table, read
@@ -58,8 +59,10 @@ def compare(first: Path, second: Path) -> Comparison:
     """Raises UsageError for files that are no tables of energies, or have fewer than three samples in common."""
     tables = [read(path) for path in (first, second)]
     for path, table in zip((first, second), tables, strict=True):
-        if "log_leakage" not in table:
-            raise UsageError(f"{path}: was written by `{table.settings.get('command')}`: compare takes tables that `energies` wrote")
+        if "log_odds" not in table:
+            raise UsageError(
+                f"{path}: was written by `{table.settings.get('command')}`, without log odds: compare takes tables that `energies` wrote"
+            )
     names = [_names(table) for table in tables]
     places = [{name: row for row, name in enumerate(column)} for column in names]
     common = [name for name in names[0] if name in places[1]]
@@ -73,9 +76,9 @@ def compare(first: Path, second: Path) -> Comparison:
     )
     ranks = np.empty((2, len(common)), np.int64)
     for side, table in enumerate((a, b)):
-        ranks[side, np.argsort(odds(table), kind="stable")] = np.arange(1, len(common) + 1)
+        ranks[side, heights(table).order()] = np.arange(1, len(common) + 1)
     correlations = [
-        _correlation(words, *(-odds(table) if name == "energy" else table[name] for table in (a, b)))
+        _correlation(words, *(heights(table).scores if name == "energy" else table[name] for table in (a, b)))
         for name, words in COLUMNS.items()
         if name in a and name in b
     ]

@@ -1,12 +1,10 @@
 """How figures look: one style for the project, pictures as bytes."""
 
 import io
-import math
 from collections.abc import Callable
 from typing import Any
 
 import matplotlib as mpl
-import numpy as np
 from cycler import cycler
 from matplotlib.figure import Figure
 
@@ -61,18 +59,3 @@ def picture(draw: Callable[[Figure], None], width: float = 6.8, height: float = 
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", metadata={"Software": None})
         return buffer.getvalue()
-
-
-def below_zero(axes: Any, values: np.ndarray, *, labels: int = 8) -> None:
-    """Makes an x-axis of −v, v > 0, logarithmic, with so many labels at most: numbers below zero that crowd towards it, on the right."""
-    exponents = range(math.floor(math.log10(values.min())), math.ceil(math.log10(values.max())) + 1)
-    step = -(-len(exponents) // labels)
-    shown = [exponent for exponent in exponents if exponent % step == 0]
-    axes.set_xscale("log")
-    axes.set_xlim(values.max() * 1.15, values.min() / 1.15)
-    axes.set_xticks([10.0**exponent for exponent in shown], [f"−10{_raised(exponent)}" for exponent in shown])
-    axes.set_xticks([], minor=True)
-
-
-def _raised(exponent: int) -> str:
-    return str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))

@@ -14,7 +14,7 @@ from hopjax.cli.options import Machine, Model, Temperature, UsageError, as_optio
 from hopjax.cli.progress import Screen
 from hopjax.cli.tasks import Tasks
 
-QUANTITIES = ("energy", "excess", "log_leakage", "sharpness", "rise", "log_self_weight", "nearest", "distance")
+QUANTITIES = ("energy", "excess", "log_leakage", "sharpness", "rise", "log_odds", "log_self_weight", "nearest", "distance")
 # The default rule for β asks for this, and of fewer than three times as many samples for a third.
 PERPLEXITY = 30.0
 # Above, a rotation moves samples so far that the second order in ε says little.

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,10 +53,19 @@ def class_name(settings: Mapping[str, Any], label: int) -> str:
 def number(value: float) -> str:
     """A number for people."""
     mantissa, _, exponent = f"{value:.3g}".replace("-", "−").partition("e")
-    return f"{mantissa}·10{exponent.replace('−0', '−').lstrip('+0').translate(_RAISED)}" if exponent else mantissa
+    return f"{mantissa}·{_power_of_ten(int(exponent.replace('−', '-')))}" if exponent else mantissa
 
 
-_RAISED = str.maketrans("−0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+def power(exponent: float) -> str:
+    """10^exponent for people, which no float need hold."""
+    whole = math.floor(exponent)
+    if exponent == whole:
+        return _power_of_ten(whole)
+    return number(10.0**exponent) if abs(exponent) < 300 else f"{10.0 ** (exponent - whole):.3g}·{_power_of_ten(whole)}"
+
+
+def _power_of_ten(exponent: int) -> str:
+    return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
 def _listed(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

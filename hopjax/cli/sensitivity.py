@@ -11,6 +11,7 @@ from scipy.stats import spearmanr
 
 from hopjax import normalisation, temperature, tiled
 from hopjax.cli import figures
+from hopjax.cli.heights import scores
 from hopjax.cli.landscape import PERPLEXITY
 from hopjax.cli.options import Machine, UsageError, as_options
 from hopjax.cli.page import render
@@ -78,10 +79,8 @@ def views(tasks: Tasks, perplexities: Sequence[float], machine: Machine, screen:
                 for perplexity in perplexities:
                     beta = temperature.Perplexity(perplexity, memory_limit=machine.memory_limit).solve(memories)
                     own = np.arange(len(memories))
-                    energies = tiled.summarise(memories, memories, beta, ["energy", "log_odds"], own=own, memory_limit=machine.memory_limit)
-                    # Of equal norms the energies order as the log odds do, which keep the digits that energies lose at large β.
-                    order = energies["energy"] if name == "none" else -energies["log_odds"]
-                    found.append(View(name, perplexity, beta, order))
+                    values = tiled.summarise(memories, memories, beta, ["energy", "log_odds"], own=own, memory_limit=machine.memory_limit)
+                    found.append(View(name, perplexity, beta, scores(values, name, "paper")))
                     count(1)
             except ValueError as error:
                 raise UsageError(as_options(str(error))) from None

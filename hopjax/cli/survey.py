@@ -20,7 +20,7 @@ MEANINGS = {
     "index": "place of the sample in the data, of which what was left out counts too",
     "file": "its file",
     "label": "its class",
-    **{name: QUANTITIES[name].meaning for name in ("energy", "excess", "log_leakage", "sharpness", "log_self_weight")},
+    **{name: QUANTITIES[name].meaning for name in ("energy", "excess", "log_leakage", "sharpness", "log_odds", "log_self_weight")},
     "rise": "predicted mean rise of the energy under a small random rotation of the memories, ½ε²σ²[S − (d−1) x·∇E]",
     "nearest": "index of the nearest other sample of Task 1",
     "distance": "its distance",
@@ -51,17 +51,19 @@ def survey(
     }
     computed = {"precision": machine.precision, "device": jax.default_backend(), "versions": versions()}
     # The memory limit is left out: it moves the last digits at most, and may be what has to change.
-    partial = Partial(out, {**described, **asdict(rule), **asdict(model), "variant": variant, **computed})
+    numbers = {"variant": variant, "quantities": landscapes.QUANTITIES}
+    partial = Partial(out, {**described, **asdict(rule), **asdict(model), **numbers, **computed})
     with screen.working("looking for β"):
         landscape = landscapes.prepare(tasks, rule, model, variant, machine, partial)
     values = landscapes.energies(landscape, partial, screen, machine.memory_limit)
+    columns = _columns(tasks, landscape, values)
     warnings = [*tasks.task1.warnings, *(tasks.task2.warnings if tasks.task2 else ()), *landscapes.warnings(landscape)]
     warnings += [
         f"left out of {images.source}: {len(images.skipped)}" for images in (tasks.task1, tasks.task2) if images and images.skipped
     ]
+    warnings += _lost(columns, variant)
     for line in dict.fromkeys(warnings):
         screen.warn(line)
-    columns = _columns(tasks, landscape, values)
     settings = {
         "command": command,
         **landscape.settings,
@@ -71,6 +73,14 @@ def survey(
         "columns": {name: MEANINGS[name] for name in columns},
     }
     return Survey(landscape, Table(columns, settings), partial)
+
+
+def _lost(columns: dict[str, np.ndarray], variant: str) -> list[str]:
+    """A warning where the excess is that of a memory on its own in all digits."""
+    excess, odds = columns["excess"], columns["log_odds"]
+    lost = np.mean(excess == 0 if variant == "paper" else odds < np.log(np.finfo(odds.dtype).eps))
+    words = f"others weigh so little on {lost:.2%} of the samples that their excess has no digits left: log_odds still tells them apart"
+    return [words] if lost else []
 
 
 def _columns(tasks: Tasks, landscape: Landscape, values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -83,6 +93,7 @@ def _columns(tasks: Tasks, landscape: Landscape, values: dict[str, np.ndarray]) 
         columns["label"] = tasks.task1.labels
     columns |= {name: values[name] for name in ("energy", "excess", "log_leakage", "sharpness")}
     columns["rise"] = values["rise"] * values["rise"].dtype.type(scale)
+    columns["log_odds"] = values["log_odds"]
     columns["log_self_weight"] = values["log_self_weight"]
     columns["nearest"] = tasks.places[values["nearest"]].astype(np.int64)
     columns["distance"] = values["distance"]

@@ -15,8 +15,9 @@ from scipy.stats import kendalltau, spearmanr
 
 from hopjax import data
 from hopjax.__main__ import main
-from hopjax.cli import app, figures, table
+from hopjax.cli import app, figures, heights, table
 from hopjax.cli import buffer as replay
+from hopjax.cli.page import number
 
 LABELS = np.arange(60) % 4
 PICTURE = figures.picture
@@ -115,7 +116,8 @@ class Page(html.parser.HTMLParser):
 def test_the_columns_are_the_theory_s_numbers(precision):
     found = energies("--beta", "40", "--precision", precision, "--epsilon", "0.03", "--sigma", "0.2")
     assert list(found.columns) == [
-        *("index", "label", "energy", "excess", "log_leakage", "sharpness", "rise", "log_self_weight", "nearest", "distance", "sample")
+        *("index", "label", "energy", "excess", "log_leakage", "sharpness", "rise", "log_odds", "log_self_weight"),
+        *("nearest", "distance", "sample"),
     ]
     x = unit(vectors())
     logits = 40 * x @ x.T
@@ -133,6 +135,7 @@ def test_the_columns_are_the_theory_s_numbers(precision):
         "energy": (energy, 1e-5),
         "excess": (energy + 0.5, 1e-5),
         "log_leakage": (logsumexp(others, axis=1) - logsumexp(logits, axis=1), 1e-4),
+        "log_odds": (logsumexp(others, axis=1) - np.diag(logits), 1e-4),
         "log_self_weight": (np.diag(logits) - logsumexp(logits, axis=1), 1e-4),
         "sharpness": (sharpness, 1e-3),
         "rise": (0.5 * (0.03 * 0.2) ** 2 * (sharpness - 35 * slope), 1e-3 * 0.5 * 0.006**2),
@@ -222,6 +225,64 @@ def test_variants_of_the_energy(variant):
     found = energies("--beta", "1.5", "--normalise", "none", "--variant", variant, "--task2-classes", "0")
     x = x[LABELS != 0]
     np.testing.assert_allclose(found["energy_change"], energy(x, others) - energy(x, x), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("variant", ["paper", "mean", "density"])
+def test_where_norms_differ_the_energy_itself_ranks(variant, capsys):
+    found = energies("--beta", "1.5", "--normalise", "none", "--variant", variant, out="a.csv")
+    ranked = np.argsort(-found["energy"], kind="stable")
+    # They would rank otherwise where norms count.
+    assert (spearmanr(found["log_odds"], -found["energy"])[0] > 0.999) == (variant == "density")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith(f"highest energy, forgotten first: {ranked[0]} ")
+    assert lines[2].startswith(f"lowest energy, kept longest: {ranked[-1]} ")
+    other = energies("--beta", "40", out="b.csv")
+    capsys.readouterr()
+    run("compare", "a.csv", "b.csv", "--out", "ranks.npz")
+    correlation = spearmanr(found["energy"], other["energy"])[0]
+    said = float(capsys.readouterr().out.partition("energy: Spearman ")[2][:6])
+    assert said == pytest.approx(correlation, abs=2e-3)  # energies tie where log odds do not
+    ranks = table.read(Path("ranks.npz"))
+    assert ranks["index"][np.argsort(ranks["rank_a"])][:9].tolist() == ranked[:9].tolist()
+    if variant == "paper":
+        run("buffer", "data.npz", "--beta", "1.5", "--normalise", "none", "--size", "9", "--policy", "highest", "--out", "b.npz")
+        assert table.read(Path("b.npz"))["index"].tolist() == ranked[:9].tolist()
+        assert "The median of E is" in Path("b.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.usefixtures("drawn")
+def test_at_large_beta_the_page_goes_by_log_odds(capsys):
+    found = energies("--beta", "1e5")
+    x = unit(vectors())
+    odds = logsumexp(np.where(np.eye(60, dtype=bool), -np.inf, 1e5 * x @ x.T), axis=1) - 1e5 * np.sum(x**2, axis=1)
+    assert odds.max() < -200
+    assert not found["excess"].any()
+    # Exponents of 1e5 are rounded by about eps of it.
+    np.testing.assert_allclose(found["log_odds"], odds, rtol=0, atol=0.1)
+    words = "others weigh so little on 100.00% of the samples that their excess has no digits left: log_odds still tells them apart"
+    assert words in found.settings["warnings"]
+    output, errors = capsys.readouterr()
+    assert f"warning: {words}" in errors
+    ranked = np.argsort(odds)
+    assert output.splitlines()[1].startswith(f"highest energy, forgotten first: {ranked[0]} ")
+    text = Page("t.html").text
+    for row in (ranked[0], ranked[-1]):
+        exponent = (odds[row] - np.log(1e5)) / np.log(10)
+        assert f"·10{str(int(np.floor(exponent))).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))}" in text
+    medians = [np.median(odds[LABELS == label]) for label in range(4)]
+    assert re.findall(r"<td>(\d)</td><td class=\"n\">15</td>", text) == [str(label) for label in np.argsort(medians)]
+    assert "they cannot be compared with the energy at so large a β" in text
+    assert "rank correlation of energy" not in text
+
+
+def test_heights_are_numbers_for_people_at_every_beta():
+    scores = np.array([-700.0, -3.0, 0.0, 20.0, 40.0])
+    shown = heights.Heights("E", scores, 2.0)
+    expected = np.logaddexp(0, -scores) / 2
+    np.testing.assert_allclose(10 ** shown.places(), expected, rtol=1e-12)
+    assert [shown.text(score) for score in scores] == [number(-value) for value in expected]
+    assert shown.text(5000.0) == "−1.68·10⁻²¹⁷²"  # e⁻⁵⁰⁰⁰/2
+    assert heights.Heights("E", scores, None).text(-12.5) == "−12.5"
 
 
 def change(task1, task2, beta):
@@ -324,6 +385,7 @@ def test_warnings_are_in_the_table_on_the_page_and_on_the_screen(capsys):
         "moves a sample by 2 of its norm",
         "take --precision float64",
         "left out of pictures: 1",
+        "others weigh so little on 100.00% of the samples that their excess has no digits left",
     )
     assert len(found["warnings"]) == len(words)
     for line, part in zip(found["warnings"], words, strict=True):
@@ -454,7 +516,7 @@ def test_two_settings_compared(capsys, monkeypatch):
     run("compare", "a.csv", "b.parquet", "--out", "ranks.npz", "--page", "c.html")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "60 samples are in both"
-    odds = [table["log_leakage"].astype(np.float64) - table["log_self_weight"] for table in (a, b)]
+    odds = [table["log_odds"] for table in (a, b)]
     assert lines[1] == f"energy: Spearman {spearmanr(*odds)[0]:.4f}, Kendall {kendalltau(*odds)[0]:.4f}"
     assert (
         lines[2] == f"predicted rise: Spearman {spearmanr(a['rise'], b['rise'])[0]:.4f}, Kendall {kendalltau(a['rise'], b['rise'])[0]:.4f}"
@@ -530,7 +592,9 @@ def test_tables_of_different_samples_are_refused(capsys):
         "error: a.csv (data.npz) and b.csv (digits) have 0 samples in common, need 3: compare tables of the same images, read alike\n"
     )
     assert main(["compare", "a.csv", "c.csv"]) == 2
-    assert capsys.readouterr().err == "error: c.csv: was written by `buffer`: compare takes tables that `energies` wrote\n"
+    assert (
+        capsys.readouterr().err == "error: c.csv: was written by `buffer`, without log odds: compare takes tables that `energies` wrote\n"
+    )
 
 
 def test_the_pictures_of_a_task_are_found_again():

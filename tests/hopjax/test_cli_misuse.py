@@ -12,7 +12,7 @@ import pytest
 
 from hopjax import temperature
 from hopjax.__main__ import main
-from hopjax.cli import app, buffer, energies, figures, output
+from hopjax.cli import app, buffer, figures, heights, output
 from hopjax.cli.options import Amount, Choice, Machine, Model, Reading, Temperature, UsageError, as_options
 from hopjax.correspondence import linear_alphas_cumprod
 from hopjax.normalisation import NORMALISATIONS
@@ -180,7 +180,7 @@ def test_choices_are_those_of_the_library():
     assert set(get_args(get_args(hints["normalise"])[0])) == set(NORMALISATIONS)
     parameters = get_type_hints(app.buffer, include_extras=True)
     assert set(get_args(get_args(parameters["policy"])[0])) == set(buffer.WORDS)
-    assert set(get_args(get_args(get_type_hints(app.energies, include_extras=True)["variant"])[0])) == set(energies.HEIGHTS)
+    assert set(get_args(get_args(get_type_hints(app.energies, include_extras=True)["variant"])[0])) == set(heights.NAMES)
     assert len(linear_alphas_cumprod()) == 1000
     with pytest.raises(UsageError):
         Temperature(timestep=999.5)
