@@ -1,6 +1,6 @@
 """The commands, their options and help. What takes long to import is imported when a command runs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -76,12 +76,14 @@ def _checked(out: Path | None, page: Path | None, *sources: str | Path | None) -
     return page
 
 
-def _finish(screen: Screen, found: "Table", out: Path | None, html: bytes, page: Path, lines: Sequence[str]) -> None:
-    """Writes what was made and says so."""
+def _finish(screen: Screen, found: "Table", out: Path | None, draw: Callable[[], bytes], page: Path, lines: Sequence[str]) -> None:
+    """Writes what was made, the table before the page is drawn, and says so."""
     from hopjax.cli import table
 
     if out is not None:
         table.write(out, found)
+    with screen.working("drawing"):
+        html = draw()
     write(page, html)
     for line in (*lines, *([f"table: {out}"] if out else []), f"page: {page}"):
         screen.say(line)
@@ -124,9 +126,7 @@ def energies(
     with screen.working(f"reading {data}"):
         tasks = load(data, choice, reading)
     found = survey("energies", tasks, temperature, model, variant, machine, out, screen)
-    with screen.working("drawing"):
-        html = pictures.page(found.table, tasks.task1)
-    _finish(screen, found.table, out, html, page, pictures.summary(found.table))
+    _finish(screen, found.table, out, lambda: pictures.page(found.table, tasks.task1), page, pictures.summary(found.table))
     found.partial.discard()
     return 0
 
@@ -177,9 +177,8 @@ def buffer(
     rows = replay.choose(found, policy, count, seed, screen)
     chosen = replay.listed(found.table, rows, policy, seed)
     gained = replay.gains(found, rows, seed, screen)
-    with screen.working("drawing"):
-        html = replay.page(found.table, chosen, rows, gained, tasks.task1)
-    _finish(screen, chosen, out, html, page, replay.summary(chosen, gained))
+    lines = replay.summary(chosen, gained)
+    _finish(screen, chosen, out, lambda: replay.page(found.table, chosen, rows, gained, tasks.task1), page, lines)
     found.partial.discard()
     return 0
 
@@ -214,9 +213,7 @@ def sensitivity(
     with screen.working(f"reading {data}"):
         tasks = load(data, choice, reading)
     found = study.sensitivity(study.views(tasks, rules, machine, screen))
-    with screen.working("drawing"):
-        html = study.page(found, tasks)
-    _finish(screen, study.table(found, tasks), out, html, page, study.summary(found))
+    _finish(screen, study.table(found, tasks), out, lambda: study.page(found, tasks), page, study.summary(found))
     return 0
 
 
@@ -243,7 +240,5 @@ def compare(
     from hopjax.cli import compare as comparison
 
     found = comparison.compare(a, b)
-    with screen.working("drawing"):
-        html = comparison.page(found, a, b)
-    _finish(screen, comparison.ranks_table(found), out, html, page, comparison.summary(found))
+    _finish(screen, comparison.ranks_table(found), out, lambda: comparison.page(found, a, b), page, comparison.summary(found))
     return 0

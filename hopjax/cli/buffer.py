@@ -210,8 +210,7 @@ def _draw_covered(figure: Figure, whole: Table, height: Heights, rows: np.ndarra
         places = np.arange(len(names))
         for shift, part, colour in ((-0.2, labels, figures.BLUE), (0.2, labels[rows], figures.ORANGE)):
             panels[1].bar(places + shift, [np.mean(part == label) for label in names], 0.4, color=colour, alpha=0.8)
-        panels[1].set_xticks(
-            places, [class_name(whole.settings, label) for label in names.tolist()], rotation=0 if len(names) <= 10 else 90
-        )
+        shown = [class_name(whole.settings, label) for label in names.tolist()]
+        panels[1].set_xticks(places, shown, rotation=0 if len(names) <= 10 else 90, parse_math=False)
         panels[1].set_xlabel("class")
         panels[1].grid(axis="x", visible=False)

@@ -125,7 +125,7 @@ def _histogram(figure: Figure, table: Table, classes: list[dict[str, Any]], heig
         base = len(groups) - 1 - place
         axes.stairs(base + 0.9 * counts / counts.max(), edges, baseline=base, fill=True, color=figures.BLUE, alpha=0.65)
         axes.plot([np.median(values)] * 2, [base, base + 0.9], color=figures.ORANGE, label=None if place else "median")
-    axes.set_yticks([len(groups) - 0.6 - place for place in range(len(groups))], [name for name, _ in groups])
+    axes.set_yticks([len(groups) - 0.6 - place for place in range(len(groups))], [name for name, _ in groups], parse_math=False)
     axes.set_ylim(0, len(groups) + 0.1)
     axes.grid(axis="y", visible=False)
     height.label(axes)

@@ -1,11 +1,13 @@
 """How figures look: one style for the project, pictures as bytes."""
 
 import io
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import matplotlib as mpl
 from cycler import cycler
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
@@ -13,6 +15,11 @@ ORANGE = "#D55E00"
 BLUE = "#0072B2"
 GREEN = "#009E73"
 NEUTRAL = "#555555"
+# Where a character is in none before.
+EASTERN = (
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "Source Han Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei"),
+    *("PingFang SC", "Hiragino Sans", "Apple SD Gothic Neo", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "Arial Unicode MS"),
+)
 
 STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
@@ -47,9 +54,16 @@ STYLE: dict[Any, Any] = {
 }
 
 
+def fonts() -> list[str]:
+    """The style's font, and those of the usual ones for Chinese, Japanese and Korean that are there."""
+    there = set(font_manager.get_font_names())
+    return [STYLE["font.family"], *(name for name in EASTERN if name in there)]
+
+
 def picture(draw: Callable[[Figure], None], width: float = 6.8, height: float = 4.0) -> bytes:
     """What `draw` puts into a figure of so many inches, as PNG."""
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(STYLE | {"font.family": fonts()}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)  # drawn as a box
         figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure)
         layout = figure.get_layout_engine()

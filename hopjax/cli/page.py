@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jinja2
 import numpy as np
 
+from hopjax.cli.table import printable
 from hopjax.data import Images
 
 
@@ -45,9 +46,9 @@ def gallery(images: Images, places: Sequence[int] | np.ndarray, captions: Sequen
 
 
 def class_name(settings: Mapping[str, Any], label: int) -> str:
-    """What the data call a class."""
+    """What the data call a class, in characters that can be shown: a folder's name need not be in UTF-8."""
     classes = settings["task1"]["classes"]
-    return str(classes[label]) if classes else str(label)
+    return printable(str(classes[label])) if classes else str(label)
 
 
 def number(value: float) -> str:
@@ -93,4 +94,6 @@ def render(template: str, settings: Mapping[str, Any], *, folder: Path | None = 
     here = Path(__file__).parent
     environment = templates(folder or here, here)
     environment.filters |= {"number": number, "embedded": embedded}
-    return environment.get_template(template).render(settings=settings, listed=_listed(settings), **values).encode()
+    return (
+        environment.get_template(template).render(settings=settings, listed=_listed(settings), **values).encode(errors="backslashreplace")
+    )

@@ -17,7 +17,7 @@ from hopjax import data
 from hopjax.__main__ import main
 from hopjax.cli import app, figures, heights, table
 from hopjax.cli import buffer as replay
-from hopjax.cli.page import number
+from hopjax.cli.page import number as for_people
 
 LABELS = np.arange(60) % 4
 PICTURE = figures.picture
@@ -269,7 +269,7 @@ def test_at_large_beta_the_page_goes_by_log_odds(capsys):
     for row in (ranked[0], ranked[-1]):
         exponent = (odds[row] - np.log(1e5)) / np.log(10)
         assert f"·10{str(int(np.floor(exponent))).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))}" in text
-    medians = [np.median(odds[LABELS == label]) for label in range(4)]
+    medians = [np.median(odds[rows]) for rows in (LABELS == label for label in range(4))]
     assert re.findall(r"<td>(\d)</td><td class=\"n\">15</td>", text) == [str(label) for label in np.argsort(medians)]
     assert "they cannot be compared with the energy at so large a β" in text
     assert "rank correlation of energy" not in text
@@ -280,7 +280,7 @@ def test_heights_are_numbers_for_people_at_every_beta():
     shown = heights.Heights("E", scores, 2.0)
     expected = np.logaddexp(0, -scores) / 2
     np.testing.assert_allclose(10 ** shown.places(), expected, rtol=1e-12)
-    assert [shown.text(score) for score in scores] == [number(-value) for value in expected]
+    assert [shown.text(score) for score in scores] == [for_people(-value) for value in expected]
     assert shown.text(5000.0) == "−1.68·10⁻²¹⁷²"  # e⁻⁵⁰⁰⁰/2
     assert heights.Heights("E", scores, None).text(-12.5) == "−12.5"
 
@@ -393,6 +393,37 @@ def test_warnings_are_in_the_table_on_the_page_and_on_the_screen(capsys):
         assert f"warning: {line}" in errors
         assert part in page.text
     assert "broken.png" in found["task1"]["skipped"][0]
+
+
+@pytest.mark.usefixtures("drawn")
+def test_classes_of_any_name_are_drawn_and_written():
+    names = ["$x_{$", "猫", "no utf-8 \udce9", "a & <b>"]
+    random = np.random.default_rng(5)
+    for name in names:
+        folder = Path("classes") / name
+        folder.mkdir(parents=True)
+        for number in range(3):
+            Image.fromarray(random.integers(1, 256, (4, 4), dtype=np.uint8)).save(folder / f"{number}.png")
+    for suffix in ("csv", "npz", "parquet"):
+        run("energies", "classes", "--beta", "20", "--out", f"t.{suffix}")
+        found = table.read(Path(f"t.{suffix}"))
+        assert set(found.settings["task1"]["classes"]) == set(names)
+        assert "no utf-8 \\udce9/0.png" in found["file"].tolist()
+    run("buffer", "classes", "--beta", "20", "--size", "4", "--policy", "lowest", "--out", "b.csv")
+    for file in ("t.html", "b.html"):
+        assert "no utf-8 \\udce9" in Page(file).text
+    run("compare", "t.csv", "t.npz")
+    assert "Without pictures" not in Page("results/compare.html").text
+
+
+def test_the_table_is_there_if_the_page_cannot_be_drawn(monkeypatch):
+    def broken(draw, *size):
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr(figures, "picture", broken)
+    with pytest.raises(RuntimeError, match="no fonts"):
+        main(["energies", "data.npz", "--beta", "20", "--out", "t.csv"])
+    assert len(table.read(Path("t.csv"))) == 60
 
 
 def test_what_is_left_out_moves_no_index():
