@@ -65,7 +65,8 @@ def generate(
 ) -> Generated:
     """`count` images of `shape`, height × width × channels.
 
-    With a deterministic sampler, image i depends on the key and i alone: a larger count begins with the same images.
+    With a deterministic sampler, image i depends on the key and i alone: a larger count begins with the same images. With an adaptive
+    one that is so within its tolerance: the worst image of a batch decides on the steps of all.
 
     Args:
         batch: images at once; the last batch is filled up and cut.

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import numpy as np
 from cyclopts import Parameter
 
-from diffusion.cli.options import Device, Model, Raw, configure, explained
+from diffusion.cli.options import Device, Model, Raw, configure, explained, need_seed
 from hopjax.cli.options import UsageError, need
 from hopjax.cli.output import check_writable, write
 from hopjax.cli.progress import Screen
@@ -28,9 +28,10 @@ def sample(
     sampling_steps: Annotated[
         int | None, Parameter(help="Evaluations for each image (default: 50; 1000 of ancestral; 20 of dpm-solver).")
     ] = None,
+    tolerance: Annotated[float | None, Parameter(help="For flow: of its solver, relative and absolute (default: 1e-5).")] = None,
     eta: Annotated[float, Parameter(help="For ddim: 0 is deterministic, 1 as random as ancestral.")] = 0.0,
     clip: Annotated[bool, Parameter(help="Clip estimates of the clean image to the range of pixels.")] = True,
-    seed: Annotated[int, Parameter(help="Of the noise: image i depends on it and i alone, unless the sampler is random.")] = 0,
+    seed: Annotated[int, Parameter(help="Of the noise: image i depends on it and i alone, unless the sampler is random; with flow within the tolerance.")] = 0,
     batch: Annotated[int, Parameter(help="Images at once.")] = 64,
     raw: Raw = False,
     device: Device = None,
@@ -47,9 +48,14 @@ def sample(
     for option, value in (("--count", count), ("--batch", batch), ("--sampling-steps", sampling_steps or 1)):
         need(value >= 1, option, value, f"{option.removeprefix('--')} ≥ 1", 64)
     need(0 <= eta <= 1, "--eta", eta, "0 ≤ eta ≤ 1", 0)
-    need(0 <= seed < 2**32, "--seed", seed, "0 ≤ seed < 2³²", 0)
+    need(tolerance is None or 0 < tolerance < 1, "--tolerance", tolerance, "0 < tolerance < 1", 1e-5)
+    need_seed(seed)
     if eta and sampler != "ddim":
         raise UsageError(f"--eta {eta} is of --sampler ddim: leave it out with {sampler}")
+    if sampling_steps is not None and sampler == "flow":
+        raise UsageError(f"--sampling-steps {sampling_steps} is of the other samplers: with flow give --tolerance")
+    if tolerance is not None and sampler != "flow":
+        raise UsageError(f"--tolerance {tolerance:g} is of --sampler flow: with {sampler} give --sampling-steps")
     configure(device)
     screen = Screen()
     import jax
@@ -63,7 +69,7 @@ def sample(
         "ddim": DDIM(sampling_steps or 50, eta),
         "ancestral": Ancestral(sampling_steps),
         "dpm-solver": DPMSolver(sampling_steps or 20),
-        "flow": ProbabilityFlow(),
+        "flow": ProbabilityFlow() if tolerance is None else ProbabilityFlow(tolerance, tolerance),
     }
     with explained():
         unet, objective = read_model(model, averaged=not raw)

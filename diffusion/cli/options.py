@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from diffusion.run import RunError
-from hopjax.cli.options import Choice, Machine, Reading, UsageError, as_options
+from hopjax.cli.options import Choice, Machine, Reading, UsageError, as_options, need
 from hopjax.data import DataError, Images
 
 Device = Annotated[Literal["cpu", "gpu", "tpu"] | None, Parameter(group="Devices", help="Default: the best that JAX finds.")]
@@ -34,6 +34,11 @@ def configure(device: Literal["cpu", "gpu", "tpu"] | None, distributed: bool = F
 
         jax.distributed.initialize()
     configure(Machine(device=device))
+
+
+def need_seed(seed: int) -> None:
+    """Refuses a seed that keys have no room for."""
+    need(0 <= seed < 2**32, "--seed", seed, "0 ≤ seed < 2³²", 0)
 
 
 def given(**options: Any) -> dict[str, Any]:
