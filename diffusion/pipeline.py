@@ -93,11 +93,11 @@ class Pipeline(NamedTuple):
         """The network's configuration with another dropout; ValueError unless it is of images of this shape."""
         config = self.unet.config
         if config.in_channels != shape[2]:
-            raise ValueError(f"the model to start from takes {config.in_channels} channels, the images have {shape[2]}")
+            raise ValueError(f"the model takes {config.in_channels} channels, the images have {shape[2]}")
         size = config.sample_size
         if size is not None and ((size, size) if isinstance(size, int) else size) != shape[:2]:
             raise ValueError(
-                f"the model to start from draws images of {size}, these are {' × '.join(map(str, shape[:2]))}: give some of its size"
+                f"the model draws images of {size}, these are {' × '.join(map(str, shape[:2]))}: give some of its size"
             )
         config.check_size(*shape[:2])
         return dataclasses.replace(config, dropout=dropout)

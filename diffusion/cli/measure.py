@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from cyclopts import Parameter
 
-from diffusion.cli.options import Device, Model, configure, explained, images_of
+from diffusion.cli.options import Device, Model, configure, explained, images_of, need_seed
 from hopjax.cli.options import Reading, UsageError, need
 from hopjax.cli.output import check_writable, write
 from hopjax.cli.progress import Screen
@@ -63,7 +63,7 @@ def likelihood(
     for option, value in (("--probes", probes), ("--draws", draws), ("--batch", batch), ("--first", 1 if first is None else first)):
         need(value >= 1, option, value, f"{option.removeprefix('--')} ≥ 1", 4)
     need(0 < tolerance < 1, "--tolerance", tolerance, "0 < tolerance < 1", 1e-4)
-    need(0 <= seed < 2**32, "--seed", seed, "0 ≤ seed < 2³²", 0)
+    need_seed(seed)
     configure(device)
     screen = Screen()
     import jax
@@ -80,6 +80,7 @@ def likelihood(
         before = read_model(model)
         with screen.working("reading images"):
             images = checked(held_out(model) if data is None else images_of(data, classes, reading))
+        before.config_for(images.pixels.shape[1:], 0.0)  # refuses what the model was not made for
         images = images.take(np.arange(min(len(images), first or len(images))))
         flow = FlowLogDensity(Hutchinson(probes), ProbabilityFlow(tolerance, tolerance))
         log_density = flow if method == "flow" else VariationalBound(draws=probes)
@@ -167,7 +168,7 @@ def reconstruct(
     check_writable("--out", out)
     for option, value in (("--draws", draws), ("--batch", batch), ("--first", 1 if first is None else first)):
         need(value >= 1, option, value, f"{option.removeprefix('--')} ≥ 1", 2)
-    need(0 <= seed < 2**32, "--seed", seed, "0 ≤ seed < 2³²", 0)
+    need_seed(seed)
     configure(device)
     screen = Screen()
     import jax
@@ -187,6 +188,7 @@ def reconstruct(
         need(0 < timestep < last, "--timestep", timestep, f"0 < timestep < {last}", last // 2)
         with screen.working("reading images"):
             images = checked(held_out(model) if data is None else images_of(data, classes, reading))
+        found_model.config_for(images.pixels.shape[1:], 0.0)  # refuses what the model was not made for
         images = images.take(np.arange(min(len(images), first or len(images))))
         key = jax.random.key(seed)
         with screen.counting("reconstructing", len(images), 0, unit="images") as tell:
@@ -276,5 +278,6 @@ def judge(
     screen.say(f"ratio: {ratio:.3f} ± {relative:.3f}")
     screen.say("accepted samples by class: " + ", ".join(f"{name} {count}" for name, count in histogram.items()))
     if out is not None:
+        found |= {name: None for name in ("ratio", "ratio_error") if not np.isfinite(found[name])}
         write(out, (json.dumps(found, indent=1, allow_nan=False) + "\n").encode())
     return 0

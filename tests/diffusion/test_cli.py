@@ -285,6 +285,22 @@ def test_samples_as_a_sheet_and_as_bytes(capsys):
     np.testing.assert_array_equal(sheet[16 * 5 :: 16, 16 * 5 :: 16], few[3, ..., 0])
 
 
+def test_the_flow_takes_as_many_evaluations_as_its_tolerance_needs(capsys):
+    for tolerance in ("0.1", "1e-4"):
+        assert main(["sample", "run", "--count", "2", "--sampler", "flow", "--tolerance", tolerance, "--out", "few.npy"]) == 0
+    loose, tight = (int(line.split()[3].replace(",", "")) for line in capsys.readouterr().out.splitlines())
+    assert loose < tight
+
+
+def test_a_ratio_of_nothing_is_null(tmp_path):
+    np.savez("real.npz", images=pixels(), labels=np.arange(40) % 2)
+    assert main(["judge", "stripes.npy", "real.npz", "--hold-out", "20", "--confidence", "0.9999999", "--out", "found.json"]) == 0
+    found = json.loads(Path("found.json").read_text())
+    assert found["accepted"] == found["real_accepted"] == 0
+    assert found["ratio"] is None
+    assert found["ratio_error"] is None
+
+
 def test_reconstructions_as_a_table_and_a_sheet(capsys):
     assert main(["reconstruct", "run", "stripes.npy", "--first", "7", "--batch", "4", "--timestep", "100", "--out", "errors.npz"]) == 0
     out = capsys.readouterr().out.splitlines()
@@ -397,9 +413,17 @@ TRAIN = ["train", "stripes.npy", *OPTIONS, "--steps", "3", "--out", "new"]
         (["sample", "run", "--count", "0"], ("--count 0 is out of range: need count ≥ 1",)),
         (["sample", "run", "--eta", "2"], ("--eta 2.0 is out of range: need 0 ≤ eta ≤ 1",)),
         (["sample", "run", "--eta", "0.5", "--sampler", "flow"], ("--eta 0.5 is of --sampler ddim",)),
+        (["sample", "run", "--sampling-steps", "10", "--sampler", "flow"], ("--sampling-steps 10 is of the other samplers: with flow give",)),
+        (["sample", "run", "--tolerance", "0.1"], ("--tolerance 0.1 is of --sampler flow: with ddim give --sampling-steps",)),
+        (["sample", "run", "--tolerance", "0", "--sampler", "flow"], ("--tolerance 0.0 is out of range: need 0 < tolerance < 1",)),
+        (["sample", "run", "--seed", "-1"], ("--seed -1 is out of range: need 0 ≤ seed < 2³²",)),
         (["sample", "run", "--out", "sheet.jpg"], ("sheet.jpg", "sheet.png")),
         (["reconstruct", "run", "stripes.npy", "--timestep", "1000"], ("--timestep 1000 is out of range: need 0 < timestep < 1000",)),
         (["reconstruct", "run", "stripes.npy", "--draws", "0"], ("--draws 0 is out of range: need draws ≥ 1",)),
+        (["reconstruct", "run", "large.npy"], ("the model draws images of 4, these are 8 × 8: give some of its size",)),
+        (["reconstruct", "run", "colour.npy"], ("the model takes 1 channels, the images have 3",)),
+        (["likelihood", "run", "large.npy"], ("the model draws images of 4, these are 8 × 8: give some of its size",)),
+        (["likelihood", "run", "stripes.npy", "--seed", str(2**32)], ("--seed 4294967296 is out of range",)),
         (["reconstruct", "run"], ("the run in run held no images out: name the images",)),
         (["export", "run", "run"], ("run exists already and is not an empty folder",)),
         (["import", "run/samples", "new"], ("run/samples/unet is no diffusers folder",)),
