@@ -4,7 +4,10 @@ A claim is a list of contrasts that must lie above zero. It *holds* if all their
 *inconclusive* otherwise. All must hold, so that none needs a correction for their number; one of two intervals of 95 % is wrongly
 below zero at most 5 % of the time. Where nothing was forgotten there was nothing to protect: then every claim is inconclusive.
 
-Intervals are Student's over seeds. Of one seed they are of its samples, say nothing about another training, and the verdict says so.
+"Only" is such a contrast too. That replay saves nothing elsewhere no sample can show, and that noise hides it is no sign that it does not:
+what is saved elsewhere must lie below a share of what is saved where it should be, `ELSEWHERE`, the same for all experiments.
+
+Intervals are for other seeds and other samples. Of one seed they say nothing about another training, and the verdict says so.
 """
 
 import dataclasses
@@ -12,12 +15,29 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Real
-from scipy.special import ndtri
 
-from diffusion.statistics import Bootstrap, Departure, Estimate, Reach, across_seeds, bin_means, departure, reach, reductions, trend
+from diffusion.over_seeds import mean
+from diffusion.statistics import (
+    Bootstrap,
+    Departure,
+    Estimate,
+    Reach,
+    Sampled,
+    across_seeds,
+    bin_means,
+    correlation_across_seeds,
+    departure,
+    groups,
+    mean_of,
+    reach,
+    trend,
+)
 
 # The policy to which the others are compared: no sample is replayed.
 NONE = "none"
+# What low-energy replay may save of a sample of high energy, as a share of what it saves of one of low energy: no more than a quarter, so
+# that of what the two groups, equally large, are saved together four fifths are where they should be.
+ELSEWHERE = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,34 +69,22 @@ class Verdict:
     reason: str
 
 
-def judge(claim: str, above: Mapping[str, Estimate], not_above: Mapping[str, Estimate] | None = None) -> Verdict:
-    """The verdict on contrasts of which `above` must lie above zero, and `not_above` must not."""
-    not_above = not_above or {}
-    contrasts = {**above, **not_above}
-    against = [name for name in above if above[name].sign < 0] + [name for name in not_above if not_above[name].sign > 0]
-    unclear = [name for name in above if above[name].sign == 0]
+def judge(claim: str, contrasts: Mapping[str, Estimate]) -> Verdict:
+    """The verdict on contrasts that must lie above zero."""
+    against, unclear = ([name for name, found in contrasts.items() if found.sign == sign] for sign in (-1, 0))
     decisive = contrasts[[*against, *unclear, *contrasts][0]]
     word, holds = ("fails", False) if against else ("inconclusive", None) if unclear else ("holds", True)
     reason = f"{word}: " + "; ".join(f"{name} {found}" for name, found in contrasts.items())
     return Verdict(claim, decisive.value, (decisive.low, decisive.high), holds, reason)
 
 
-def _over(estimates: Sequence[Estimate], level: float) -> Estimate:
-    if len(estimates) == 1:
-        return estimates[0]._replace(note="one seed: of its samples")
-    return across_seeds(np.array([each.value for each in estimates]), level=level)
+def _noted(found: Estimate, seeds: Sequence[object]) -> Estimate:
+    return found._replace(note="one seed: of its samples") if len(seeds) == 1 else found
 
 
-def _minus(one: Estimate, other: Estimate, level: float) -> Estimate:
-    """The difference of two means of samples that have none in common."""
-    value, error = one.value - other.value, float(np.hypot(one.error, other.error))
-    width = float(ndtri((1 + level) / 2)) * error
-    return Estimate(value, error, value - width, value + width)
-
-
-def _monotone(claim: str, trends: Sequence[Estimate], departures: Sequence[Departure], level: float) -> Verdict:
+def _monotone(claim: str, trends: Sequence[Sampled], departures: Sequence[Departure], level: float) -> Verdict:
     """A rank correlation above zero, unless bin means fall somewhere: in each seed significantly (it fails), or in any (it is open)."""
-    found = judge(claim, {"rank correlation of bin and rise": _over(trends, level)})
+    found = judge(claim, {"rank correlation of bin and rise": _noted(correlation_across_seeds(trends, level=level), trends)})
     smallest, largest = (pick(each.p_value for each in departures) for pick in (min, max))
     share = max(each.share for each in departures)
     falls = f"bin means fall somewhere, p = {smallest:.2g}" + f" to {largest:.2g}" * (len(departures) > 1) + f", {share:.1%} of what varies"
@@ -89,11 +97,11 @@ def _monotone(claim: str, trends: Sequence[Estimate], departures: Sequence[Depar
 
 
 def _trade_off(claim: str, high: Sequence[Reach], low: Sequence[Reach], means: Mapping[str, Estimate], level: float) -> Verdict:
-    """Peaks and reach have no interval but over seeds: noise raises both, in every resampling again."""
+    """Of one seed they are not judged: noise raises peaks and reaches, and other seeds alone show by how much it differs."""
     if len(high) < 2:
         return Verdict(claim, None, None, None, "inconclusive: one seed gives peak and reach no interval, run more")
-    higher = across_seeds(np.array([a.peak - b.peak for a, b in zip(high, low, strict=True)]), level=level)
-    wider = across_seeds(np.array([b.bins - a.bins for a, b in zip(high, low, strict=True)]), level=level)
+    higher = across_seeds([a.peak - b.peak for a, b in zip(high, low, strict=True)], level=level)
+    wider = across_seeds([b.bins - a.bins for a, b in zip(high, low, strict=True)], level=level)
     return judge(claim, {"peak, high − low": higher, "effective bins, low − high": wider, **means})
 
 
@@ -102,53 +110,61 @@ def verdicts(seeds: Sequence[Errors], *, bins: int = 20, fraction: float = 0.2, 
 
     0. forgetting is monotone in energy: without replay, errors rise the more the higher the bin;
     1. (i) replay of high energies saves images of high energy;
-    2. (ii) replay of low energies saves images of low energy, more than those of high energy, and of those none significantly;
+    2. (ii) replay of low energies saves images of low energy, and of high energy less than `ELSEWHERE` of that;
     3. (iii) over all images high saves more than random, and random more than low;
     4. the mean-range trade-off: both save something, high with the higher peak over bins, low over more effective bins.
 
     Args:
+        seeds: of the same samples, in one order.
         fraction: of the samples that is of "high" energy, and of "low".
-        interval: of means of samples; its level is that of all intervals.
+        interval: of means of one seed's samples; its level is that of all intervals.
 
     What is saved is a difference of errors, not a share of what was forgotten: shares have no variance where that may be zero.
 
-    Raises: ValueError without seeds, and as `statistics` does for columns that do not fit.
+    Raises: ValueError without seeds, for seeds whose samples have different energies, and as `statistics` does for columns that do not fit.
     """
     if not seeds:
         raise ValueError("there are 0 seeds to judge claims by: give one at least")
-    level = interval.level
-    rises = [(seed.energy, seed.after[NONE] - seed.before) for seed in seeds]
-    forgotten = _over([interval(rise) for _, rise in rises], level)
+    level, energy = interval.level, seeds[0].energy
+    for i, seed in enumerate(seeds):
+        if not np.array_equal(seed.energy, energy):
+            raise ValueError(f"samples of seeds 0 and {i} have different energies: give the same ones, in one order")
+    masks = groups(energy, fraction)
+    rises = [seed.after[NONE] - seed.before for seed in seeds]
+    forgotten = _noted(mean(rises, interval), seeds)
     policies = set.intersection(*(set(seed.after) for seed in seeds))
 
-    def saved(policy: str, than: str = NONE) -> dict[str, Estimate]:
-        each = [reductions(seed.after[than], seed.after[policy], seed.energy, fraction=fraction, interval=interval) for seed in seeds]
-        each = [found | {"low − high": _minus(found["low"], found["high"], level)} for found in each]
-        return {group: _over([found[group] for found in each], level) for group in each[0]}
+    def saved(policy: str, than: str = NONE) -> list[Real[np.ndarray, " n"]]:
+        return [seed.after[than] - seed.after[policy] for seed in seeds]
+
+    def of_group(columns: Sequence[Real[np.ndarray, " n"]], group: str) -> Estimate:
+        return _noted(mean([column[masks[group]] for column in columns], interval), seeds)
 
     def monotone(claim: str) -> Verdict:
-        trends = [trend(rise, energy, bins, level=level) for energy, rise in rises]
-        departures = [departure(bin_means(rise, energy, bins, interval=interval), seed=interval.seed) for energy, rise in rises]
-        return _monotone(claim, trends, departures, level)
+        departures = []
+        for rise in rises:
+            means = bin_means(rise, energy, bins)
+            values, errors = np.array([[each.value, each.error] for each in means]).T
+            departures.append(departure(values, errors, seed=interval.seed))
+        return _monotone(claim, [trend(rise, energy, bins) for rise in rises], departures, level)
 
     def high_protects(claim: str) -> Verdict:
-        return judge(claim, {"high saves at high energy": saved("high")["high"]})
+        return judge(claim, {"high saves at high energy": of_group(saved("high"), "high")})
 
     def low_protects_low(claim: str) -> Verdict:
-        low = saved("low")
-        above = {"low saves at low energy": low["low"], "more than at high energy": low["low − high"]}
-        return judge(claim, above, {"where it saves": low["high"]})
+        low, high = ([mean_of(column, masks[group]) for column in saved("low")] for group in ("low", "high"))
+        less = across_seeds([one * ELSEWHERE - other for one, other in zip(low, high, strict=True)], level=level)
+        contrasts = {"low saves at low energy": of_group(saved("low"), "low")}
+        return judge(claim, contrasts | {f"{ELSEWHERE:g} of that, less what it saves at high energy,": _noted(less, seeds)})
 
     def aggregate(claim: str) -> Verdict:
-        return judge(claim, {"high − random": saved("high", "random")["all"], "random − low": saved("random", "low")["all"]})
+        pairs = (("high", "random"), ("random", "low"))
+        return judge(claim, {f"{one} − {other}": of_group(saved(one, other), "all") for one, other in pairs})
 
     def trade_off(claim: str) -> Verdict:
-        def reached(policy: str) -> list[Reach]:
-            saved = [(seed.after[NONE] - seed.after[policy], seed.energy) for seed in seeds]
-            return [reach(bin_means(*columns, bins, interval=interval)) for columns in saved]
-
-        means = {f"{policy} saves": saved(policy)["all"] for policy in ("high", "low")}
-        return _trade_off(claim, reached("high"), reached("low"), means, level)
+        high, low = ([reach(bin_means(column, energy, bins)) for column in saved(policy)] for policy in ("high", "low"))
+        means = {f"{policy} saves": of_group(saved(policy), "all") for policy in ("high", "low")}
+        return _trade_off(claim, high, low, means, level)
 
     claims: tuple[tuple[str, tuple[str, ...], Callable[[str], Verdict]], ...] = (
         ("forgetting is monotone in energy", (), monotone),

@@ -9,11 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.special import ndtri
 
 from diffusion.claims import NONE, Errors, verdicts
-from diffusion.over_seeds import Column, binned, number, of_bins, of_correlations, of_numbers, of_samples, of_shares, plain
-from diffusion.statistics import Bootstrap, Estimate, bin_edges, bin_of, groups, rank_correlation
+from diffusion.over_seeds import Column, binned, of_bins, of_correlations, of_numbers, of_ratio, of_samples, of_shares
+from diffusion.statistics import Bootstrap, bin_edges, bin_of, confound, groups, rank_order
 from hopjax.cli.table import Table
 
 # Fewer samples than this have no correlation worth a line.
@@ -86,7 +85,7 @@ def findings(
     Args:
         samples, tasks, generated: as `diffusion.continual.Measured` has them.
         bins: by energy, of equally many samples, and as many of equal width.
-        interval: of means of samples; its level is that of all intervals.
+        interval: of means of one seed's samples; its level is that of all intervals.
 
     Returns: `timesteps`, for each timestep of the plan, the main one first; of the main one `predictors` of the rise, and, where the
         tables have them, `latents` (their energies against those of the images), `sharpness`, `intrinsic` (changes of log density),
@@ -130,28 +129,28 @@ def _correlate(
     second: Callable[[Seed], Column],
     level: float,
     given: Callable[[Seed], Sequence[Column]] = lambda _: (),
-    *,
-    few: bool = False,
 ) -> dict[str, Any]:
-    return of_correlations([rank_correlation(first(seed), second(seed), given(seed), level=level) for seed in seeds], level, few=few)
+    return of_correlations([rank_order(first(seed), second(seed), given(seed)) for seed in seeds], level)
 
 
 def _at(seeds: Sequence[Seed], bins: int, interval: Bootstrap) -> dict[str, Any]:
     policies = list(seeds[0].after)
     saving = [policy for policy in policies if policy != NONE]
-    energy, level = seeds[0].energy, interval.level
+    energy = seeds[0].energy
     masks, edges = groups(energy), bin_edges(energy, bins)
-
-    def correlation(of: Callable[[Seed], Column], given: Callable[[Seed], Sequence[Column]] = lambda _: ()) -> dict[str, Any]:
-        return _correlate(seeds, lambda seed: seed.energy, of, level, given)
+    confounds = [confound(seed.energy, seed.before, seed.after[NONE], seed.control, seed.complexity) for seed in seeds]
+    words = (
+        "energy and error before",
+        "energy and error after (the paper's)",
+        "energy and rise",
+        "energy and rise, given error before",
+        "energy and rise, given error before and complexity",
+    )
 
     def by_energy(columns: Sequence[Column]) -> dict[str, Any]:
         return of_bins(binned(columns, energy, edges, interval))
 
-    # Over several seeds verdicts use means of samples and their standard errors, not the ends of bootstrap intervals: few draws will do.
-    fewest = min(interval.resamples, math.ceil(2 / (1 - level)) + 1)
-    judging = interval if len(seeds) == 1 else dataclasses.replace(interval, resamples=fewest)
-    judged = verdicts([Errors(seed.energy, seed.before, seed.after) for seed in seeds], bins=bins, interval=judging)
+    judged = verdicts([Errors(seed.energy, seed.before, seed.after) for seed in seeds], bins=bins, interval=interval)
     return {
         "rise": {policy: of_samples([seed.rise(policy) for seed in seeds], interval) for policy in policies},
         "bins": {
@@ -165,13 +164,7 @@ def _at(seeds: Sequence[Seed], bins: int, interval: Bootstrap) -> dict[str, Any]
             for policy in saving
         },
         "correlations": {
-            "energy and error before": correlation(lambda seed: seed.before),
-            "energy and error after (the paper's)": correlation(lambda seed: seed.after[NONE]),
-            "energy and rise": correlation(lambda seed: seed.rise()),
-            "energy and rise, given error before": correlation(lambda seed: seed.rise(), lambda seed: (seed.control,)),
-            "energy and rise, given error before and complexity": correlation(
-                lambda seed: seed.rise(), lambda seed: (seed.control, *seed.complexity)
-            ),
+            name: of_correlations(each, interval.level) for name, each in zip(words, zip(*confounds, strict=True), strict=True)
         },
         "verdicts": [_plain(dataclasses.asdict(verdict)) for verdict in judged],
     }
@@ -249,7 +242,7 @@ def _intrinsic(seeds: Sequence[Seed], densities: Mapping[str, Any], bins: int, i
         return (seed.rise(policy) if name == "rise" else seed.columns[f"{name}.{policy}@{at}"])[whole]
 
     def correlation(first: Callable[[Seed], Column], name: str, given: Callable[[Seed], Sequence[Column]] = lambda _: ()) -> dict[str, Any]:
-        return _correlate(seeds, first, lambda seed: measured(name, seed), level, given, few=True)
+        return _correlate(seeds, first, lambda seed: measured(name, seed), level, given)
 
     def noise(name: str, seed: Seed) -> float:
         errors = seed.columns[f"{name}.{NONE}.error@{at}"][whole]
@@ -335,38 +328,24 @@ def _generated(table: Table, level: float) -> dict[str, Any]:
 
     of = {name: rows(name) for name in names}
 
-    def shares(policy: str, counted: np.ndarray) -> dict[str, Any]:
-        return of_shares([int((counted & mask).sum()) for mask in of[policy]], [int(mask.sum()) for mask in of[policy]], level)
+    def shares(policy: str, counted: np.ndarray, seeds: slice = slice(None)) -> dict[str, Any]:
+        masks = of[policy][seeds]
+        return of_shares([int((counted & mask).sum()) for mask in masks], [int(mask.sum()) for mask in masks], level)
 
-    def ratio(policy: str, i: int) -> tuple[float, float]:
-        """To the rate of real images, with its standard error, to first order."""
-        (hits, count), (real, reals) = (((sure & mask).sum(), mask.sum()) for mask in (of[policy][i], of[REAL][i]))
-        if not real:
-            return math.nan, math.nan
-        value = (hits / count) / (real / reals)
-        relative = (1 / hits - 1 / count if hits else 0.0) + (1 / real - 1 / reals)
-        return float(value), float(value * math.sqrt(relative))
-
-    def relative(policy: str) -> dict[str, Any]:
-        each = [ratio(policy, i) for i in range(len(numbers))]
-        values = [value for value, _ in each]
-        if len(set(values)) > 1:
-            return of_numbers(values, level)
-        value, error = each[0]  # of one seed, or where all agree, it is that of images
-        width = float(ndtri((1 + level) / 2)) * error
-        return plain(Estimate(value, error, value - width, value + width), values)
+    def relative(policy: str, seeds: slice = slice(None)) -> dict[str, Any]:
+        """To the rate of real images."""
+        return of_ratio(shares(policy, sure, seeds), shares(REAL, sure, seeds))
 
     checks = []
     for i, seed in enumerate(numbers):
-        (value, error), shown = ratio(BEFORE, i), set(table["label"][sure & of[BEFORE][i]].tolist())
+        ratio, shown = relative(BEFORE, slice(i, i + 1)), set(table["label"][sure & of[BEFORE][i]].tolist())
         missing = sorted(set(table["label"][sure & of[REAL][i]].tolist()) - shown)
         checks.append(
             {
                 "seed": int(seed),
-                "relative": number(value),
-                "error": number(error),
+                "relative": ratio,
                 "missing": missing,
-                "passes": bool(value >= required and not missing),
+                "passes": ratio["value"] is not None and ratio["value"] >= required and not missing,
             }
         )
     return {
@@ -391,13 +370,13 @@ def _doubts(generated: Mapping[str, Any]) -> list[str]:
     """Why the models of Task 1 are no start for an experiment."""
     found, required = [], generated["required"]
     for check in generated["checks"]:
-        seed, value = check["seed"], check["relative"]
+        seed, value = check["seed"], check["relative"]["value"]
         if value is None:
             found.append(f"seed {seed}: the classifier recognises no real image, so that it can judge none")
         elif value < required:
             found.append(
-                f"seed {seed}: before Task 2 generated images are recognised at {value:.2f} ± {check['error']:.2f} of the rate of real "
-                f"ones, less than {required:g}: train Task 1 for longer"
+                f"seed {seed}: before Task 2 generated images are recognised at {value:.2f} [{check['relative']['low']:.2f}, "
+                f"{check['relative']['high']:.2f}] of the rate of real ones, less than {required:g}: train Task 1 for longer"
             )
         if check["missing"]:
             found.append(f"seed {seed}: before Task 2 no recognised image is of class {', '.join(map(str, check['missing']))}")

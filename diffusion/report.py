@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from diffusion import pictures
-from diffusion.claims import NONE
+from diffusion.claims import ELSEWHERE, NONE
 from diffusion.findings import BEFORE, REAL, Seed, seeds_of
 from hopjax.cli.page import Sample, class_name, embedded, gallery, number, render
 from hopjax.cli.table import Table
@@ -57,6 +57,7 @@ def page(
         found=found,
         main=main,
         timestep=timestep,
+        elsewhere=ELSEWHERE,
         last=last,
         best=None if best is None else {"policy": best, "value": saved[best]},
         others={at: row for at, row in found["timesteps"].items() if at != str(timestep)},

@@ -9,7 +9,8 @@ from scipy import stats
 
 from diffusion import findings
 from diffusion.claims import NONE, Errors, verdicts
-from diffusion.statistics import Bootstrap, bin_means, rank_correlation
+from diffusion.over_seeds import of_ratio, of_shares, plain
+from diffusion.statistics import Bootstrap, correlation_across_seeds, rank_correlation, rank_order
 from hopjax.cli.table import Table
 from tests.diffusion import made_up
 
@@ -26,6 +27,28 @@ def student(values):
     """Mean and ends, by scipy."""
     low, high = stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values))
     return np.mean(values), low, high
+
+
+def crossed(columns, level=0.95):
+    """Mean and ends for other seeds and other samples, by the mean squares of an analysis of variance."""
+    table = np.array(columns)
+    seeds, count = table.shape
+    left = table - table.mean(axis=1, keepdims=True) - table.mean(axis=0) + table.mean()
+    left = np.sum(left**2) / ((seeds - 1) * (count - 1))
+    of_seeds, of_samples = count * table.mean(axis=1).var(ddof=1), seeds * table.mean(axis=0).var(ddof=1)
+    quantiles = stats.t.ppf((1 + level) / 2, [seeds - 1, count - 1])
+    reach = np.sqrt((quantiles[0] ** 2 * of_seeds + quantiles[1] ** 2 * max(of_samples - left, 0)) / table.size)
+    return table.mean(), table.mean() - reach, table.mean() + reach
+
+
+def wilson(hits, count, wide=stats.norm.ppf(0.975) ** 2):
+    """Share and ends; wide: the squared quantile."""
+    p, z = hits / count, np.sqrt(wide)
+    centre, reach = (
+        (p + z**2 / (2 * count)) / (1 + z**2 / count),
+        z / (1 + z**2 / count) * np.sqrt(p * (1 - p) / count + (z / count / 2) ** 2),
+    )
+    return p, centre - reach, centre + reach
 
 
 def ends(row):
@@ -54,26 +77,51 @@ def test_numbers_are_those_of_the_table(table, found):
     seeds = findings.seeds_of(table, 500)
     rises = [float(np.mean(seed.after[NONE] - seed.before)) for seed in seeds]
     assert main["rise"][NONE]["seeds"] == pytest.approx(rises, rel=1e-12)
-    assert ends(main["rise"][NONE]) == pytest.approx(student(rises), rel=1e-12)
+    assert ends(main["rise"][NONE]) == pytest.approx(crossed([seed.rise() for seed in seeds]), rel=1e-9)
     assert main["saved"]["high"]["high"]["value"] == pytest.approx(0.4, abs=0.01)
     assert main["saved"]["high"]["low"]["value"] == pytest.approx(0, abs=0.01)
     each = [stats.spearmanr(seed.energy, seed.rise()).statistic for seed in seeds]
     correlation = main["correlations"]["energy and rise"]
     assert correlation["seeds"] == pytest.approx(each, rel=1e-9)
-    assert ends(correlation) == pytest.approx(np.tanh(student(np.arctanh(each))), rel=1e-9)
+    assert correlation["value"] == pytest.approx(np.tanh(np.mean(np.arctanh(each))), rel=1e-9)
+    assert ends(correlation) == ends(plain(correlation_across_seeds([rank_order(seed.energy, seed.rise()) for seed in seeds]), []))
     assert found["predictors"]["energy"] == correlation
     assert abs(main["correlations"]["energy and error before"]["value"]) < 0.2
     bins = main["bins"]["rise"][NONE]
     assert bins["counts"] == [20] * 10
-    third = [seed.rise()[40:60].mean() for seed in seeds]  # samples lie in order of energy
-    assert [bins[end][2] for end in ("values", "low", "high")] == pytest.approx(student(third), rel=1e-9)
+    third = crossed([seed.rise()[40:60] for seed in seeds])  # samples lie in order of energy
+    assert [bins[end][2] for end in ("values", "low", "high")] == pytest.approx(third, rel=1e-9)
+
+
+def test_correlations_given_difficulty_use_the_control(table, found):
+    rows = found["timesteps"]["500"]["correlations"]
+    assert list(rows) == [
+        "energy and error before",
+        "energy and error after (the paper's)",
+        "energy and rise",
+        "energy and rise, given error before",
+        "energy and rise, given error before and complexity",
+    ]
+    seeds = findings.seeds_of(table, 500)
+    for name, of, given in (
+        ("energy and error before", lambda seed: seed.before, lambda _: []),
+        ("energy and error after (the paper's)", lambda seed: seed.after[NONE], lambda _: []),
+        ("energy and rise, given error before", lambda seed: seed.rise(), lambda seed: [seed.control]),
+        ("energy and rise, given error before and complexity", lambda seed: seed.rise(), lambda seed: [seed.control, *seed.complexity]),
+    ):
+        each = [rank_correlation(seed.energy, of(seed), given(seed)).value for seed in seeds]
+        assert rows[name]["seeds"] == pytest.approx(each, rel=1e-12)
+    same = Table({**table.columns, "control@500": table["before@500"]}, table.settings)
+    with pytest.raises(ValueError, match="control holds the same errors as before"):
+        findings.findings(same, interval=INTERVAL)
 
 
 def test_a_level_is_that_of_all_intervals(table):
     found = findings.findings(table, tasks=made_up.tasks(), bins=5, interval=Bootstrap(level=0.5))
-    for row in (found["timesteps"]["500"]["rise"][NONE], found["tasks"]["policies"][NONE]["matrix"][2][0]):
-        width = stats.t.ppf(0.75, SEEDS - 1) * stats.sem(row["seeds"])
-        assert row["high"] - row["value"] == pytest.approx(width, rel=1e-9)
+    rise = crossed([seed.rise() for seed in findings.seeds_of(table, 500)], 0.5)
+    assert ends(found["timesteps"]["500"]["rise"][NONE]) == pytest.approx(rise, rel=1e-9)
+    row = found["tasks"]["policies"][NONE]["matrix"][2][0]
+    assert row["high"] - row["value"] == pytest.approx(stats.t.ppf(0.75, SEEDS - 1) * stats.sem(row["seeds"]), rel=1e-9)
 
 
 def test_verdicts_follow_from_what_was_put_in(found):
@@ -82,12 +130,9 @@ def test_verdicts_follow_from_what_was_put_in(found):
     assert len(holds) == 5
 
 
-def test_verdicts_over_seeds_are_those_of_many_draws(table, found):
-    whole = verdicts(
-        [Errors(seed.energy, seed.before, seed.after) for seed in findings.seeds_of(table, 500)], bins=10, interval=Bootstrap()
-    )
-    for row, verdict in zip(found["timesteps"]["500"]["verdicts"], whole, strict=True):
-        assert (row["holds"], row["reason"]) == (verdict.holds, verdict.reason)
+def test_verdicts_are_those_of_the_errors(table, found):
+    whole = verdicts([Errors(seed.energy, seed.before, seed.after) for seed in findings.seeds_of(table, 500)], bins=10, interval=INTERVAL)
+    assert [(row["holds"], row["reason"]) for row in found["timesteps"]["500"]["verdicts"]] == [(each.holds, each.reason) for each in whole]
 
 
 def test_findings_are_json(found, alone):
@@ -101,9 +146,9 @@ def test_of_one_seed_intervals_are_of_samples(table, alone):
     (seed,), main = findings.seeds_of(only(table, 0), 500), alone["timesteps"]["500"]
     rise = INTERVAL(seed.rise())
     assert ends(main["rise"][NONE]) == pytest.approx((rise.value, rise.low, rise.high), rel=1e-12)
-    means = bin_means(seed.rise("high"), seed.energy, 5, interval=INTERVAL)
-    for end in ("values", "low", "high"):
-        assert main["bins"]["rise"]["high"][end] == pytest.approx(getattr(means, end), rel=1e-12)
+    means = [INTERVAL(part) for part in np.split(seed.rise("high"), 5)]
+    for end, name in (("values", "value"), ("low", "low"), ("high", "high")):
+        assert main["bins"]["rise"]["high"][end] == pytest.approx([getattr(each, name) for each in means], rel=1e-12)
     ranks = rank_correlation(seed.energy, seed.rise())
     assert ends(main["correlations"]["energy and rise"]) == pytest.approx((ranks.value, ranks.low, ranks.high), rel=1e-12)
     cell = alone["tasks"]["policies"][NONE]["matrix"][0][0]  # of one number for a seed there is none
@@ -149,12 +194,12 @@ def test_sharpness_is_binned_by_energy_and_the_rise_by_sharpness(table, found):
     seed = findings.seeds_of(table, 500)[0]
     sharpness = seed.columns["perturbation"]
     row = found["sharpness"]["sharpness"]
-    expected = bin_means(sharpness, seed.energy, 10, interval=INTERVAL)  # of samples: there is nothing that a seed could change
-    assert row["low"] == pytest.approx(expected.low, rel=1e-12)
+    expected = [INTERVAL(part).low for part in np.split(sharpness, 10)]  # of samples: there is nothing that a seed could change
+    assert row["low"] == pytest.approx(expected, rel=1e-12)
     assert row["places"] == pytest.approx([-2 + (20 * i + 9.5) / 199 for i in range(10)], rel=1e-9)
     order = np.argsort(sharpness)
-    rises = [each.rise()[order[:20]].mean() for each in findings.seeds_of(table, 500)]
-    assert [found["sharpness"]["rise"][end][0] for end in ("values", "low", "high")] == pytest.approx(student(rises), rel=1e-9)
+    rises = crossed([each.rise()[order[:20]] for each in findings.seeds_of(table, 500)])
+    assert [found["sharpness"]["rise"][end][0] for end in ("values", "low", "high")] == pytest.approx(rises, rel=1e-9)
     correlations = found["sharpness"]["correlations"]
     fixed = rank_correlation(seed.energy, sharpness)
     assert ends(correlations["energy and perturbation sharpness"]) == pytest.approx((fixed.value, fixed.low, fixed.high), rel=1e-9)
@@ -195,13 +240,9 @@ def test_predictors_are_held_against_every_measure(table, found):
     assert {"energy", "predicted rise", "perturbation sharpness", "energy at β = 10", "error before Task 2"} < set(found["predictors"])
     assert found["predictors"]["predicted rise"]["value"] == pytest.approx(-found["predictors"]["energy"]["value"], rel=1e-9)
     rows = np.isfinite(seeds[0].columns["flow.none@300"])
-    each = [rank_correlation(seed.columns["energy@10"][rows], seed.columns["flow.none@300"][rows]) for seed in seeds]
-    # Half-widths in Fisher's z: Student's over seeds, and the mean of those of samples.
-    z = np.arctanh([one.value for one in each])
-    own = np.mean([np.arctanh(one.high) - np.arctanh(one.value) for one in each])
-    reach = np.hypot(stats.t.ppf(0.975, SEEDS - 1) * stats.sem(z), own)
+    each = [rank_order(seed.columns["energy@10"][rows], seed.columns["flow.none@300"][rows]) for seed in seeds]
     row = intrinsic["predictors"]["energy at β = 10"]["flow"]
-    assert ends(row) == pytest.approx(np.tanh([z.mean(), z.mean() - reach, z.mean() + reach]), rel=1e-9)
+    assert ends(row) == ends(plain(correlation_across_seeds(each), []))
 
 
 def test_few_densities_have_means_and_no_correlations():
@@ -239,23 +280,58 @@ def test_generated_images_are_counted(found):
     rows = generated["policies"]
     assert list(rows) == ["real", "before", NONE, "high"]
     assert rows[NONE]["accepted"]["seeds"] == pytest.approx([30 / 60, 31 / 60, 32 / 60])  # a confidence of 0.9 is not above 0.9
-    assert ends(rows[NONE]["accepted"]) == pytest.approx(student([30 / 60, 31 / 60, 32 / 60]))
+    # Seeds agree better than three times 60 images would by chance: Wilson's interval of those of one.
+    assert ends(rows[NONE]["accepted"]) == pytest.approx(wilson(31, 60))
     assert [row["value"] for row in rows[NONE]["shares"]] == [1, 0, 0]
+    assert [row["low"] for row in rows[NONE]["shares"]] == [pytest.approx(wilson(60, 60)[1]), 0, 0]
     assert [row["value"] for row in rows["high"]["recognised"]] == pytest.approx([14 / 60, 13 / 60, 13 / 60])
-    assert ends(rows[NONE]["relative"]) == pytest.approx(student([0.6, 0.62, 0.64]))
-    # Seeds that agree say nothing: Wilson's interval of 50 in 60.
-    z, p, n = stats.norm.ppf(0.975), 50 / 60, 60
-    centre, reach = (p + z**2 / (2 * n)) / (1 + z**2 / n), z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    assert ends(rows["real"]["accepted"]) == pytest.approx((p, centre - reach, centre + reach))
+    assert rows[NONE]["relative"]["seeds"] == pytest.approx([0.6, 0.62, 0.64])
+    assert ends(rows["real"]["accepted"]) == pytest.approx(wilson(50, 60))
     assert [check["passes"] for check in generated["checks"]] == [True] * 3
 
 
-def test_the_error_of_a_ratio_is_that_of_draws(alone):
-    row = alone["generated"]["policies"]["before"]["relative"]
-    draws = np.random.default_rng(0).binomial(60, [[45 / 60], [50 / 60]], (2, 100_000))
-    assert row["value"] == pytest.approx(0.9)
-    assert row["error"] == pytest.approx((draws[0] / draws[1]).std(), rel=0.05)  # of first order in 1/60
-    assert row["low"] == pytest.approx(row["value"] - stats.norm.ppf(0.975) * row["error"])
+def test_shares_of_seeds_that_differ_have_their_spread():
+    found = of_shares([10, 50, 90], [100] * 3, 0.95)
+    p, sem = 0.5, stats.sem([0.1, 0.5, 0.9])
+    images = p * (1 - p) / sem**2  # that would leave as much to chance
+    assert ends(found) == pytest.approx(wilson(p * images, images, stats.t.ppf(0.975, 2) ** 2))
+    assert found["error"] == pytest.approx(sem)
+
+
+def test_ratios_are_never_points_nor_below_zero():
+    """Ends by solving for the ratio at which the difference of the one share and so much of the other is zero."""
+    for hits, real in (
+        ([0], [50]),
+        ([0, 0, 0], [50] * 3),
+        ([1, 0, 0], [50] * 3),
+        ([60], [60]),
+        ([45], [50]),
+        ([3, 55, 20], [50] * 3),
+        ([7], [1]),
+    ):
+        one, other = of_shares(hits, [60] * len(hits), 0.95), of_shares(real, [60] * len(real), 0.95)
+        found = of_ratio(one, other)
+        ratio, low, high = ends(found)
+        assert ratio == pytest.approx(one["value"] / other["value"])
+        assert 0 <= low <= ratio <= high
+        assert low < high
+        assert found["error"] > 0
+        for end, own, its in ((low, "low", "high"), (high, "high", "low")):
+            far = np.hypot(one[own] - one["value"], end * (other[its] - other["value"]))
+            assert abs(one["value"] - end * other["value"]) == pytest.approx(far, abs=1e-9)
+    assert of_ratio(one, of_shares([0], [60], 0.95)) == {"value": None, "error": None, "low": None, "high": None, "seeds": [None]}
+
+
+def test_the_interval_of_a_ratio_covers():
+    """Of counts from a few hits up; the classifier's rate of real images is by chance too."""
+    rng = np.random.default_rng(0)
+    for rate, real in ((0.004, 0.6), (0.05, 0.5), (0.5, 0.9)):
+        found = [
+            of_ratio(of_shares([int(hits)], [200], 0.95), of_shares([int(reals)], [300], 0.95))
+            for hits, reals in zip(*rng.binomial([[200], [300]], [[rate], [real]], (2, 400)), strict=True)
+        ]
+        covered = np.mean([row["low"] <= rate / real <= row["high"] for row in found])
+        assert covered >= stats.binom.ppf(1e-4, 400, 0.94) / 400
 
 
 def test_a_model_that_did_not_learn_task_1_makes_all_inconclusive(table):
@@ -263,7 +339,7 @@ def test_a_model_that_did_not_learn_task_1_makes_all_inconclusive(table):
     assert found["conclusive"] is False
     assert [check["passes"] for check in found["generated"]["checks"]] == [True, False, False]
     assert [reason.partition(":")[0] for reason in found["reasons"]] == ["seed 1", "seed 2", "seed 2"]
-    assert "0.40 ±" in found["reasons"][0]
+    assert "at 0.40 [0.27, 0.57] of the rate" in found["reasons"][0]
     assert found["reasons"][2].endswith("of class 2")  # two images are recognised: of classes 0 and 1
     half = made_up.generated(before=[25, 25, 25])  # exactly half of the rate of real ones
     half.settings["required"] = 0.5

@@ -91,6 +91,7 @@ def test_the_page_has_all_that_is_there(whole):
         assert page.words.count(row["claim"]) == 2  # in the table, and where the figure is
     assert page.words.count("✓ holds") == sum(row["holds"] is True for row in found["timesteps"]["500"]["verdicts"])
     assert "INCONCLUSIVE" not in page.words
+    assert "less than 0.25 of what it saves of one of low energy" in page.words  # verdicts are by rules that are told
 
 
 def test_numbers_on_the_page_are_those_found(whole):
