@@ -148,7 +148,6 @@ def fisher(
     samples: int = 1024,
     batch: int = BATCH,
     space: Space = PixelSpace(),
-    progress: Callable[[int, int], None] | None = None,
 ) -> Any:
     """F as above, without dropout: a tree like the parameters, float32, on one device.
 
@@ -159,7 +158,6 @@ def fisher(
         images: of the earlier task, as the space knows them: in that of pixels, as files hold them.
         samples: gradients; the standard error of F_i is F_i √((κ − 1)/samples), κ the kurtosis of its gradient.
         batch: gradients in memory at once, each of the size of the parameters.
-        progress: told after each batch how many samples are done, of how many.
 
     Raises: ValueError if there are no images, or if the samples are not a number of whole batches.
     """
@@ -176,9 +174,6 @@ def fisher(
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.asarray(places))
         chosen = places * count // samples
         total = program(total, params, space, jax.tree.map(lambda rows, chosen=chosen: jnp.asarray(rows[chosen]), images), keys)
-        if progress is not None:
-            jax.block_until_ready(total)
-            progress(first + batch, samples)
     loss, squares = total
     # (d / 2ℓ̄) × mean of squares: the number of samples cancels.
     numbers = jax.eval_shape(lambda: space.clean(jax.tree.map(lambda rows: jnp.asarray(rows[:1]), images), key)).size
