@@ -127,7 +127,8 @@ def config_of(task: Task, settings: Settings) -> Any:
         return settings.network.config(*shape)
     objective = task.start.objective
     if objective != settings.noise.objective():
-        raise RunError(f"the model to start from was trained with {objective}; these settings say {settings.noise.objective()}")
+        there, here = settings.noise.unlike(objective)
+        raise RunError(f"the model to start from was trained with {there}, not {here}: give the same")
     try:
         return task.start.config_for(shape, settings.network.dropout)
     except ValueError as error:
@@ -344,6 +345,17 @@ def read_model(path: str | os.PathLike[str], *, averaged: bool = True) -> Pipeli
     return Pipeline(nnx.merge(program.graphdef, params), program.objective)
 
 
+def read_again(told: Mapping[str, Any]) -> Images:
+    """Task 1 of what `hopjax.cli.tasks.load` was once told, back from JSON; what is not there has its default.
+
+    Raises: UsageError if its data cannot be read any more.
+    """
+    choice, reading = ({field.name: told[field.name] for field in dataclasses.fields(kind) if field.name in told} for kind in (Choice, Reading))
+    if isinstance(reading.get("size"), list):
+        reading["size"] = tuple(reading["size"])
+    return load(told["data"], Choice(**choice), Reading(**reading)).task1
+
+
 def held_out(path: str | os.PathLike[str]) -> Images:
     """The images that a run was not shown, though they were in its data.
 
@@ -355,9 +367,7 @@ def held_out(path: str | os.PathLike[str]) -> Images:
     source = _read(folder, ("source",))["source"]
     if source is None or not source["hold_out"]:
         raise RunError(f"the run in {folder} held no images out: name the images to measure, or train with --hold-out")
-    size = tuple(source["size"]) if isinstance(source["size"], list) else source["size"]
-    reading = Reading(source["split"], size, source["grey"], source["limit"], source["skip_bad"])
-    images = load(source["data"], Choice(classes=source["classes"]), reading).task1
+    images = read_again(source)
     return images.take(np.arange(len(images) - source["hold_out"], len(images)))
 
 

@@ -111,6 +111,16 @@ class Noise:
         """The loss that these settings mean."""
         return Denoising(_SCHEDULES[self.schedule](self.timesteps), Prediction(self.prediction))
 
+    def unlike(self, objective: Denoising) -> tuple[str, str]:
+        """What differs, as options: of an objective, and of these settings; whole schedules where they differ in what is no setting."""
+        there, here = objective.schedule, self.objective().schedule
+        kind = next((name for name, kind in _SCHEDULES.items() if type(there) is kind), type(there).__name__)
+        known = {"schedule": kind, "timesteps": there.timesteps, "prediction": objective.prediction.value}
+        differ = [name for name, value in known.items() if value != getattr(self, name)]
+        if not differ:
+            return str(there), str(here)
+        return " ".join(f"--{name} {known[name]}" for name in differ), " ".join(f"--{name} {getattr(self, name)}" for name in differ)
+
 
 @dataclasses.dataclass(frozen=True)
 class Length:

@@ -396,7 +396,10 @@ TRAIN = ["train", "stripes.npy", *OPTIONS, "--steps", "3", "--out", "new"]
         ([*TRAIN, "--buffer", "b.npz"], ("--buffer", "--replay")),
         ([*TRAIN, "--hold-out", "40"], ("--hold-out 40 is out of range: need 0 ≤ hold-out < 40",)),
         ([*TRAIN, "--start", "rnu"], ("rnu does not exist; did you mean run?",)),
-        ([*TRAIN, "--start", "run", "--prediction", "epsilon"], ("the model to start from was trained with", "v_prediction")),
+        (
+            [*TRAIN, "--start", "run", "--prediction", "epsilon"],
+            ("the model to start from was trained with --prediction v_prediction, not --prediction epsilon: give the same",),
+        ),
         (["train", "colour.npy", *TRAIN[2:], "--start", "run"], ("takes 1 channels, the images have 3",)),
         (["train", "large.npy", *TRAIN[2:], "--start", "run"], ("draws images of 4, these are 8 × 8",)),
         (["train", "odd.npy", *TRAIN[2:]], ("images of 3 × 4 do not fit 2 levels of resolution: height and width must be multiples of 2",)),

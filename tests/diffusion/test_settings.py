@@ -127,6 +127,14 @@ def test_names_stand_for_what_they_say():
     assert Noise("cosine", 30, "v_prediction").objective() == Denoising(CosineSchedule(30), Prediction.VELOCITY)
 
 
+def test_noise_that_differs_is_told_as_options():
+    there = Noise("cosine", 30, "v_prediction").objective()
+    assert Noise("linear", 30).unlike(there) == ("--schedule cosine --prediction v_prediction", "--schedule linear --prediction epsilon")
+    assert Noise("cosine", 20, "v_prediction").unlike(there) == ("--timesteps 30", "--timesteps 20")
+    other = Denoising(LinearSchedule(30, beta_end=0.5), Prediction.NOISE)  # which no setting says
+    assert "beta_end=0.5" in Noise("linear", 30).unlike(other)[0]
+
+
 def test_networks_take_the_images_shape():
     config = Network("digits-8", dropout=0.1).config(16, 12, 3)
     assert (config.sample_size, config.in_channels, config.out_channels, config.dropout) == ((16, 12), 3, 3, 0.1)

@@ -201,7 +201,7 @@ def test_what_does_not_fit_is_refused_in_one_line(model, pipeline, cache, tmp_pa
     ):
         with pytest.raises(RunError, match=message):
             run(tmp_path / "run", Task(changed, start=model), SETTINGS)
-    with pytest.raises(RunError, match=r"was trained with Denoising.*these settings say"):
+    with pytest.raises(RunError, match=r"was trained with --schedule scaled-linear, not --schedule linear: give the same"):
         run(tmp_path / "run", Task(images, start=model), dataclasses.replace(SETTINGS, noise=Noise()))
     with pytest.raises(ValueError, match=r"stripes: class 'slanted' has no prompt: the model was made for up, flat"):
         model.batch(dataclasses.replace(images, classes=("up", "slanted")), pixels=False)
