@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 
 NORMALISATIONS: Mapping[str, str] = {
@@ -35,14 +35,25 @@ class Normalisation:
 
     def __call__(self, rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
         """The rows normalised, in their dtype. Raises ValueError naming a row that has no direction, or is not finite."""
-        moved = rows if self.shift is None else rows - self.shift[None]
+        moved = self._moved(rows)
         norms = _norms(moved)
         if self.name == "none":
             return moved
         if not norms.all():
-            what = "is black (all zero)" if self.shift is None else "equals the mean image"
-            raise ValueError(f"row {int(np.argmin(norms))} {what} and has no direction: leave it out, or normalise by 'none'")
+            raise ValueError(f"row {int(np.argmin(norms))} {self.lost}: leave it out, or normalise by 'none'")
         return (moved / norms[:, None]).astype(rows.dtype)
+
+    @property
+    def lost(self) -> str:
+        """What is wrong with a row that has no direction."""
+        return f"{'is black (all zero)' if self.shift is None else 'equals the mean image'} and has no direction"
+
+    def directed(self, rows: Float[np.ndarray, "n d"]) -> Bool[np.ndarray, " n"]:
+        """Which rows can be normalised. Raises ValueError naming a row that is not finite."""
+        return (_norms(self._moved(rows)) > 0) | (self.name == "none")
+
+    def _moved(self, rows: NDArray[np.floating]) -> NDArray[np.floating]:
+        return rows if self.shift is None else rows - self.shift[None]
 
 
 def _norms(rows: NDArray[np.floating]) -> NDArray[np.floating]:

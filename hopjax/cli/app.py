@@ -1,5 +1,6 @@
 """The commands, their options and help. What takes long to import is imported when a command runs."""
 
+import importlib.metadata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -37,7 +38,8 @@ The exit status is 0, 1 if a file could not be written, 2 if the command was mis
 then goes on where it stopped.
 """,
     help_format="plaintext",
-    version_flags=[],
+    version=lambda: importlib.metadata.version("hopjax"),
+    version_flags=["--version"],
     suppress_keyboard_interrupt=False,  # it has something to say
 )
 
@@ -121,10 +123,10 @@ def energies(
     screen = Screen()
     from hopjax.cli import energies as pictures
     from hopjax.cli.survey import survey
-    from hopjax.cli.tasks import load
+    from hopjax.cli.tasks import directed, load
 
     with screen.working(f"reading {data}"):
-        tasks = load(data, choice, reading)
+        tasks = directed(load(data, choice, reading), [model.normalise], skip=reading.skip_bad)
     found = survey("energies", tasks, temperature, model, variant, machine, out, screen)
     _finish(screen, found.table, out, lambda: pictures.page(found.table, tasks.task1), page, pictures.summary(found.table))
     found.partial.discard()
@@ -167,10 +169,10 @@ def buffer(
     screen = Screen()
     from hopjax.cli import buffer as replay
     from hopjax.cli.survey import survey
-    from hopjax.cli.tasks import load
+    from hopjax.cli.tasks import directed, load
 
     with screen.working(f"reading {data}"):
-        tasks = load(data, choice, reading)
+        tasks = directed(load(data, choice, reading), [model.normalise], skip=reading.skip_bad)
     count = size.of(len(tasks.task1))
     replay.check(policy, tasks.task1)
     found = survey("buffer", tasks, temperature, model, "paper", machine, out, screen)
@@ -207,11 +209,12 @@ def sensitivity(
     configure(machine)
     screen = Screen()
     from hopjax.cli import sensitivity as study
-    from hopjax.cli.tasks import load
+    from hopjax.cli.tasks import directed, load
+    from hopjax.normalisation import NORMALISATIONS
 
     rules = study.numbers(perplexities)
     with screen.working(f"reading {data}"):
-        tasks = load(data, choice, reading)
+        tasks = directed(load(data, choice, reading), NORMALISATIONS, skip=reading.skip_bad)
     found = study.sensitivity(study.views(tasks, rules, machine, screen))
     _finish(screen, study.table(found, tasks), out, lambda: study.page(found, tasks), page, study.summary(found))
     return 0

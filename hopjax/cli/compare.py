@@ -15,7 +15,7 @@ from hopjax.cli.heights import heights
 from hopjax.cli.options import Choice, Reading, UsageError
 from hopjax.cli.page import gallery, number, render
 from hopjax.cli.table import Table, read
-from hopjax.cli.tasks import description, load
+from hopjax.cli.tasks import description, directed, load
 from hopjax.data import Images
 
 FEWEST = 3
@@ -159,7 +159,7 @@ def images(found: Comparison) -> tuple[Images | None, str]:
         **{name: made[name] for name in Reading.__dataclass_fields__} | {"size": tuple(size) if isinstance(size, list) else size}
     )
     try:
-        tasks = load(made["data"], choice, reading)
+        tasks = directed(load(made["data"], choice, reading), [found.a.settings["normalise"]], skip=reading.skip_bad)
     except UsageError as error:
         return None, str(error)
     if description(tasks.task1)["sha256"] != found.a.settings["task1"]["sha256"]:

@@ -1,11 +1,13 @@
 """The samples: Task 1, which is stored, Task 2 where there is one, and what identifies either."""
 
 import hashlib
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from hopjax import normalisation
 from hopjax.cli.options import Choice, Reading, UsageError, as_options
 from hopjax.data import DataError, Images, class_split, rotated
 
@@ -62,10 +64,45 @@ def _load(data: str, choice: Choice, reading: Reading) -> Tasks:
         raise UsageError(
             f"--task2 {choice.task2}: its images are {other}, those of Task 1 {one}: make them alike by --image-size and --grey or --colour"
         )
-    if len(task1) < FEWEST:
-        raise UsageError(f"{task1.source}: {len(task1)} samples, need at least {FEWEST}: energies tell samples from others; give more data")
+    _enough(task1)
     places = np.arange(len(task1)) if task1.places is None else task1.places
     return Tasks(task1, places, task2, {"data": data, **asdict(choice), **asdict(reading)})
+
+
+def directed(tasks: Tasks, normalisations: Iterable[str], *, skip: bool) -> Tasks:
+    """The tasks, of which samples that one of these cannot normalise are refused, or left out and listed.
+
+    Raises: UsageError naming the first of them, or if too few are left.
+    """
+    try:
+        for name in normalisations:
+            fitted = normalisation.fit(name, tasks.task1.vectors())
+            task1, kept = _directed("Task 1", tasks.task1, fitted, skip)
+            task2 = None if tasks.task2 is None else _directed("Task 2", tasks.task2, fitted, skip)[0]
+            tasks = replace(tasks, task1=task1, places=tasks.places[kept], task2=task2)
+    except ValueError as error:
+        raise UsageError(as_options(str(error))) from None
+    _enough(tasks.task1)
+    return tasks
+
+
+def _directed(task: str, images: Images, fitted: normalisation.Normalisation, skip: bool) -> tuple[Images, np.ndarray]:
+    """The images that have a direction, and which they are."""
+    kept = fitted.directed(images.vectors())
+    if kept.all():
+        return images, kept
+    lost = [images.name(row) for row in np.flatnonzero(~kept).tolist()]
+    if not skip:
+        raise UsageError(f"{task}: {lost[0]} {fitted.lost}: --skip-bad leaves it out")
+    left = images.take(np.flatnonzero(kept))
+    return replace(left, skipped=(*left.skipped, *((name, fitted.lost) for name in lost))), kept
+
+
+def _enough(images: Images) -> None:
+    if len(images) < FEWEST:
+        raise UsageError(
+            f"{images.source}: {len(images)} samples, need at least {FEWEST}: energies tell samples from others; give more data"
+        )
 
 
 def _of_classes(images: Images, names: str | None) -> Images:
@@ -83,6 +120,8 @@ def _numbers(images: Images, names: str) -> tuple[list[int | str], list[int | st
     classes = images.classes or ()
     named = [name.strip() for name in names.split(",")]
     wanted: list[int | str] = [classes.index(name) if name in classes else int(name) if name.isdecimal() else name for name in named]
+    if len(set(wanted)) < len(wanted):
+        raise UsageError(f"classes {names} of {images.source} name one twice: name each once")
     there = [] if images.labels is None else np.unique(images.labels).tolist()
     return wanted, [number for number in there if number not in wanted]
 

@@ -1,6 +1,7 @@
 """Every mistake gets one line that names the value, its bound and the way out, and exit status 2, before any work."""
 
 import dataclasses
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -32,8 +33,16 @@ def here(tmp_path, monkeypatch):
     black = random.integers(1, 256, (20, 3, 3, 1), dtype=np.uint8)
     black[7] = 0
     np.save("black.npy", black)
+    np.save("few.npy", black[4:8])
+    corner = random.integers(1, 256, (20, 9, 9, 1), dtype=np.uint8)
+    corner[3] = 0
+    corner[3, 0, 0] = 255  # is turned out of the picture
+    np.save("corner.npy", corner)
+    np.save("same.npy", np.full((20, 3, 3, 1), 9, np.uint8))
+    np.save("single.npy", random.random((20, 1), dtype=np.float32) + 1)
+    np.save("big.npy", random.random((20, 5), dtype=np.float32) * np.float32(1e20))
     np.savez("own.npz", random.integers(1, 256, (20, 3, 3, 1), dtype=np.uint8))
-    os.symlink("own.npz", "same.npz")
+    os.symlink("own.npz", "link")
     os.mkdir("sub")
 
 
@@ -59,7 +68,18 @@ def test_what_is_tested_below_is_refused_for_its_own_reason(capsys):
         (["energies", "plain.npy", "--limit", "0"], ("limit", "at least 1", "0")),
         (["energies", "plain.npy", "--limit", "ten"], ("--limit ten", "whole number", "--limit 20")),
         (["energies", "three.npy"], ("three.npy: 3 samples", "at least 4")),
-        (["energies", "black.npy"], ("row 7", "black", "'none'")),
+        (["energies", "black.npy"], ("Task 1: image 7 of black.npy is black", "--skip-bad leaves it out")),
+        (["energies", "plain.npy", "--task2", "black.npy"], ("Task 2: image 7 of black.npy is black", "--skip-bad leaves it out")),
+        (["energies", "corner.npy", "--rotate", "45"], ("Task 2: image 3 of corner.npy, rotated by 45° is black", "--skip-bad")),
+        (["energies", "same.npy", "--normalise", "centred"], ("Task 1: image 0 of same.npy equals the mean image", "--skip-bad")),
+        (["energies", "same.npy", "--normalise", "centred", "--skip-bad"], ("same.npy: holds no image",)),
+        (["energies", "few.npy", "--skip-bad"], ("few.npy: 3 samples, need at least 4",)),
+        (["sensitivity", "black.npy"], ("Task 1: image 7 of black.npy is black", "--skip-bad")),
+        (["energies", "big.npy", "--normalise", "none"], ("--normalise none leaves norms up to", "e+20", "float32", "--normalise unit")),
+        (["energies", "same.npy"], ("the default rule for β, perplexity 6.6", "no β gives it", "take another, such as --beta 30")),
+        (["energies", "single.npy"], ("the default rule for β, perplexity 6.6", "no β gives it", "such as --beta 30")),
+        (["energies", "digits", "--classes", "1,1"], ("error: classes 1,1 of digits name one twice: name each once\n",)),
+        (["energies", "digits", "--task2-classes", "1,01"], ("classes 1,01 of digits name one twice",)),
         (["energies", "plain.npy", "--classes", "0,1"], ("plain.npy", "no labels")),
         (["energies", "digits", "--classes", "0,twelve"], ("digits", "no class 'twelve'", "only 0, 1")),
         (["energies", "digits", "--classes", "0,12"], ("digits", "no class 12", "0 … 9")),
@@ -97,7 +117,7 @@ def test_what_is_tested_below_is_refused_for_its_own_reason(capsys):
         (["energies", "plain.npy", "--out", "t.csv", "--page", "t.csv"], ("--page t.csv", "take --page t.html")),
         (["energies", "own.npz", "--out", "own.npz"], ("--out own.npz", "is what is read", "another file")),
         (["energies", "own.npz", "--out", "sub/../own.npz"], ("--out sub/../own.npz", "is what is read")),
-        (["energies", "digits", "--task2", "own.npz", "--out", "same.npz"], ("--out same.npz", "is what is read")),
+        (["energies", "digits", "--task2", "own.npz", "--page", "link"], ("--page link", "is what is read")),
         (["energies", "own.npz", "--page", "own.npz"], ("--page own.npz", "is what is read")),
         (["energies", "sub", "--out", "sub/new/t.csv"], ("--out sub/new/t.csv", "in the folder sub", "outside")),
         (["energies", "."], ("--out results/energies.parquet", "in the folder .", "outside")),
@@ -223,6 +243,11 @@ def test_without_the_extra_it_says_what_to_install(capsys, monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     assert main(["energies", "digits"]) == 2
     assert capsys.readouterr().err == "error: the command line needs cyclopts: pip install 'hopjax[cli]'\n"
+
+
+def test_the_version_is_said(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == importlib.metadata.version("hopjax") + "\n"
 
 
 def test_readers_that_have_seen_enough_are_no_error(monkeypatch):

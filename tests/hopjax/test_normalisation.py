@@ -52,6 +52,9 @@ def test_rows_without_a_direction_are_named():
     rows[7] = 0
     with pytest.raises(ValueError, match=r"row 7 is black \(all zero\) and has no direction"):
         normalisation.fit("unit", rows)(rows)
+    assert normalisation.fit("unit", rows).directed(rows).tolist() == [row != 7 for row in range(60)]
+    assert normalisation.fit("none", rows).directed(rows).all()
+    assert normalisation.fit("centred", rows[:1]).directed(rows).tolist() == [row != 0 for row in range(60)]
     assert normalisation.fit("none", rows)(rows) is rows
     rows[5, 2] = np.nan
     with pytest.raises(ValueError, match="row 5 holds a number that is not finite"):
@@ -127,4 +130,7 @@ def test_what_the_data_do_not_allow_is_said_with_what_they_do():
     twice = np.repeat(np.eye(20, dtype=np.float32), 2, axis=0)  # no sample can weigh more than its double
     with pytest.raises(ValueError, match=r"self_weight=0.9: no β gives it on these data; from β = .* it goes from 0.02.* to 0.5$"):
         SelfWeight(0.9).solve(twice)
+    huge = images() * np.float32(1e25)  # whose products no float32 holds
+    with pytest.raises(ValueError, match=r"perplexity=10.0: no β gives it on these data; .* from nan to nan$"):
+        Perplexity(10.0).solve(huge)
     assert float(jnp.exp(tiled.summarise(twice, twice, 50.0, ["log_self_weight"], own=np.arange(40))["log_self_weight"]).mean()) < 0.51
