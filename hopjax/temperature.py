@@ -20,7 +20,7 @@ from hopjax.tiled import MEMORY_LIMIT, summarise
 from hopjax.tiles import check_beta
 
 # β is looked for between these, in units of the data's inverse variance, and the root found to this relative accuracy.
-_RANGE = 1e-4, 1e8
+RANGE = 1e-4, 1e8
 _ACCURACY = 1e-4
 
 
@@ -136,9 +136,9 @@ def _solve(
         found = summarise(states, memories, math.exp(log_beta), [quantity], own=chosen, memory_limit=memory_limit)[quantity]
         return math.log(mean(found)) - math.log(target)
 
-    low, high = (math.log(bound * unit) for bound in _RANGE)
+    low, high = (math.log(bound * unit) for bound in RANGE)
     ends = log_ratio(low), log_ratio(high)
-    if ends[0] * ends[1] > 0:
+    if not ends[0] * ends[1] <= 0:  # NaN included, where numbers leave their range
         reached = sorted(target * math.exp(end) for end in ends)
         raise ValueError(
             f"{name}={target}: no β gives it on these data; from β = {math.exp(low):.3g} to {math.exp(high):.3g} it goes from "

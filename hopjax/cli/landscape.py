@@ -1,6 +1,7 @@
 """The energy landscape of Task 1's samples, stored as memories, and where in it every one of them lies."""
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from hopjax.cli.tasks import Tasks
 QUANTITIES = ("energy", "excess", "log_leakage", "sharpness", "rise", "log_odds", "log_self_weight", "nearest", "distance")
 # The default rule for β asks for this, and of fewer than three times as many samples for a third.
 PERPLEXITY = 30.0
+DEFAULT = "(the default)"
 # Above, a rotation moves samples so far that the second order in ε says little.
 LARGE_DISPLACEMENT = 0.3
 # Above, the rounding of β ξ·x shows in the weights.
@@ -59,16 +61,22 @@ def prepare(tasks: Tasks, rule: Temperature, model: Model, variant: str, machine
     Raises: UsageError for a sample that cannot be normalised, or a rule that no β satisfies.
     """
     vectors = tasks.task1.vectors()
+    words = ""
     try:
         fitted = normalisation.fit(model.normalise, vectors)
         dtype = np.dtype(machine.precision)
         memories = fitted(vectors).astype(dtype, copy=False)
         task2 = None if tasks.task2 is None else fitted(tasks.task2.vectors()).astype(dtype, copy=False)
+        if model.normalise == "none":
+            _check_norms(memories, task2)
         chosen, words = _rule(rule, len(memories), fitted.divisor, machine.memory_limit)
         known = partial.load("beta")
         beta = float(known[0]["beta"][0]) if known else float(chosen.solve(memories))
     except ValueError as error:
-        raise UsageError(as_options(str(error))) from None
+        message = str(error)
+        if words.endswith(DEFAULT):
+            message = re.sub("^perplexity=", "the default rule for β, perplexity ", message) + "; take another, such as --beta 30"
+        raise UsageError(as_options(message)) from None
     if not 0 < beta < math.inf:
         raise UsageError(f"no β satisfies the rule ({words}): it gives {beta}; take another, such as --beta 30")
     partial.save("beta", 0, {"beta": np.array([beta])})
@@ -87,6 +95,19 @@ def prepare(tasks: Tasks, rule: Temperature, model: Model, variant: str, machine
     return Landscape(memories, task2, beta, variant, settings)
 
 
+def _check_norms(*tasks: np.ndarray | None) -> None:
+    """Raises UsageError where the logits, β up to the largest that is looked for, leave the range of the numbers' type."""
+    for images in tasks:
+        if images is not None:
+            largest = float(np.max(np.einsum("nd,nd->n", images, images, dtype=np.float64)))
+            reach = float(np.finfo(images.dtype).max) / temperature.RANGE[1]
+            if not 1 / reach < largest < reach:
+                raise UsageError(
+                    f"--normalise none leaves norms up to {math.sqrt(largest):.2g}, whose squares {images.dtype} does not hold: "
+                    f"need {math.sqrt(1 / reach):.2g} < norm < {math.sqrt(reach):.2g}; take --normalise unit"
+                )
+
+
 def _rule(rule: Temperature, count: int, divisor: float, memory_limit: int) -> tuple[temperature.Rule, str]:
     """The strategy, and in words what it asks for."""
     if rule.beta is not None:
@@ -101,9 +122,7 @@ def _rule(rule: Temperature, count: int, divisor: float, memory_limit: int) -> t
     if rule.perplexity is not None and rule.perplexity >= count - 1:
         raise UsageError(f"--perplexity {rule.perplexity:g} is out of range: need perplexity < {count - 1}, the number of other samples")
     target = rule.perplexity or min(PERPLEXITY, count / 3)
-    words = (
-        f"about {target:.3g} of the other samples weigh in on average: perplexity ({'--perplexity' if rule.perplexity else 'the default'})"
-    )
+    words = f"about {target:.3g} of the other samples weigh in on average: perplexity {'(--perplexity)' if rule.perplexity else DEFAULT}"
     return temperature.Perplexity(target, memory_limit=memory_limit), words
 
 

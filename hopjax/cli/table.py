@@ -84,7 +84,8 @@ def read(path: Path) -> Table:
         if path.suffix == ".parquet":
             from pyarrow import parquet
 
-            found = parquet.read_table(path)
+            with path.open("rb") as file:  # opened here: its name need not be in UTF-8
+                found = parquet.read_table(file)
             settings = json.loads(found.schema.metadata[_KEY.encode()])
             columns = {name: found[name].to_numpy() for name in found.column_names}
             return Table({name: column.astype(str) if column.dtype == object else column for name, column in columns.items()}, settings)

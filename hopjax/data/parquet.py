@@ -87,7 +87,7 @@ def _shards(files: Sequence[Path], where: Path, reading: Reading) -> Content:
 def _rows(file: Path) -> Iterator[tuple[bytes | None, int | None]]:
     """Encoded picture and label of every row, a few hundred in memory at a time."""
     arrow, parquet = library("pyarrow"), library("pyarrow.parquet")
-    with decoding(file, "parquet"), parquet.ParquetFile(file) as table:
+    with decoding(file, "parquet"), file.open("rb") as stream, parquet.ParquetFile(stream) as table:  # its name need not be in UTF-8
         schema = table.schema_arrow
         image, label = _column(schema.names, IMAGES), _column(schema.names, LABELS)
         if image is None:
@@ -112,8 +112,8 @@ def _column(names: Sequence[str], usual: Sequence[str]) -> str | None:
 
 def _class_names(file: Path) -> tuple[str, ...] | None:
     """The label's names, which the hub's own writers leave in the file."""
-    with decoding(file, "parquet"):
-        schema = library("pyarrow.parquet").read_schema(file)
+    with decoding(file, "parquet"), file.open("rb") as stream:
+        schema = library("pyarrow.parquet").read_schema(stream)
     try:
         info: Any = json.loads((schema.metadata or {})[b"huggingface"])
         names = info["info"]["features"][_column(schema.names, LABELS)]["names"]

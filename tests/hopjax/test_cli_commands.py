@@ -269,7 +269,7 @@ def test_at_large_beta_the_page_goes_by_log_odds(capsys):
     for row in (ranked[0], ranked[-1]):
         exponent = (odds[row] - np.log(1e5)) / np.log(10)
         assert f"·10{str(int(np.floor(exponent))).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))}" in text
-    medians = [np.median(odds[rows]) for rows in (LABELS == label for label in range(4))]
+    medians = np.median(odds.reshape(15, 4), axis=0)  # by class
     assert re.findall(r"<td>(\d)</td><td class=\"n\">15</td>", text) == [str(label) for label in np.argsort(medians)]
     assert "they cannot be compared with the energy at so large a β" in text
     assert "rank correlation of energy" not in text
@@ -449,6 +449,39 @@ def test_what_is_left_out_moves_no_index():
     assert found["file"].tolist() == [f"{number}.png" for number in kept]
     chosen = table.read(Path("b.csv"))
     assert chosen["file"].tolist() == [f"{number}.png" for number in chosen["index"]]
+
+
+def test_black_images_are_left_out_and_listed(capsys):
+    pixels = np.random.default_rng(6).integers(1, 256, (12, 9, 9, 1), dtype=np.uint8)
+    pixels[3] = 0
+    pixels[5] = 0
+    pixels[5, 0, 0] = 255  # is turned out of the picture
+    np.save("black.npy", pixels)
+    kept = [row for row in range(12) if row != 3]
+    run("energies", "black.npy", "--skip-bad", "--rotate", "45", "--beta", "20", "--out", "t.csv")
+    found = table.read(Path("t.csv"))
+    assert found["index"].tolist() == kept
+    lost = "is black (all zero) and has no direction"
+    assert found.settings["task1"]["skipped"] == [f"image 3 of black.npy: {lost}"]
+    assert found.settings["task2"]["skipped"] == [f"image {row} of black.npy, rotated by 45°: {lost}" for row in (3, 5)]
+    assert "left out of black.npy: 1" in capsys.readouterr().err
+    run("buffer", "black.npy", "--skip-bad", "--beta", "20", "--size", "100%", "--policy", "lowest", "--out", "b.csv")
+    assert sorted(table.read(Path("b.csv"))["index"]) == kept
+    run("sensitivity", "black.npy", "--skip-bad", "--perplexities", "3")
+    run("compare", "t.csv", "t.csv")
+    assert "Without pictures" not in Path("results/compare.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "npz", "parquet"])
+def test_files_whose_names_are_no_utf_8(suffix):
+    name = "data\udce9.npz"
+    Path("data.npz").rename(name)
+    run("energies", name, "--beta", "20", "--out", f"t\udce9.{suffix}")
+    found = table.read(Path(f"t\udce9.{suffix}"))
+    assert found.settings["read"]["data"] == name
+    assert "data\\udce9.npz" in Path("t\udce9.html").read_text(encoding="utf-8")
+    run("compare", f"t\udce9.{suffix}", f"t\udce9.{suffix}")
+    assert "Without pictures" not in Path("results/compare.html").read_text(encoding="utf-8")
 
 
 def test_the_same_run_gives_the_same_bytes():

@@ -801,6 +801,8 @@ def test_bad_rows_and_shards_can_be_skipped(tmp_path):
     images = read(tmp_path, skip_bad=True)
     np.testing.assert_array_equal(images.labels, [0, 0, 1])
     np.testing.assert_array_equal(images.places, [0, 3, 4])
+    (tmp_path / "train-0.parquet").rename(tmp_path / "train-\udce9.parquet")
+    assert len(read(tmp_path / "train-\udce9.parquet", skip_bad=True)) == 3
     assert len(images.skipped) == 3
 
 
