@@ -124,6 +124,13 @@ _METHODS = {
     ),
 }
 
+# What DPMSolverMultistepScheduler takes the values of other methods for.
+_TAKEN_FOR: dict[str, dict[str, Any]] = {
+    "solver_type": dict.fromkeys(("logrho", "bh1", "bh2"), "midpoint"),
+    "algorithm_type": {"deis": "dpmsolver++"},
+    "variance_type": dict.fromkeys(("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Scheduler:
@@ -168,7 +175,7 @@ class Scheduler:
         known = _METHODS[name]
         for field, (default, supported) in known.others.items():
             value = fields.get(field, default)
-            if value != supported:
+            if (_TAKEN_FOR.get(field, {}).get(value, value) if isinstance(value, str) else value) != supported:
                 raise ValueError(f"{SCHEDULER}: {field} = {value!r} is not supported for {name}; what is: {supported!r}")
         to_one = True if known.sampler is DPMSolver else fields.get("set_alpha_to_one", known.to_one)
         return cls(objective_of(fields), name, fields.get("timestep_spacing", known.spacing), fields.get("steps_offset", 0), to_one)

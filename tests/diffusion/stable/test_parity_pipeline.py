@@ -3,6 +3,7 @@
 Needs torch, diffusers and transformers: `make parity`.
 """
 
+import copy
 import warnings
 
 import jax
@@ -11,10 +12,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from diffusion.stable.config import UNet2DConditionConfig
 from diffusion.stable.miniature import SMALL_PIPELINE
 from diffusion.stable.pipeline import StableDiffusion
+from diffusion.stable.scheduling import Scheduler, methods_for, noise
 from diffusion.stable.transformer import GEGLU
-from diffusion.weights import tensor_shapes
+from diffusion.stable.unet import UNet2DCondition
+from diffusion.weights import read_json, read_network, tensor_shapes
 from tests.diffusion.stable import tiny_pipeline
 from tests.diffusion.stable.tiny_pipeline import GUIDANCE, NEGATIVE_PROMPTS, PROMPTS, SIZE, STEPS, TEXTS
 
@@ -58,6 +62,35 @@ def test_what_they_write_back_is_what_we_wrote(ours, theirs, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, nnx.state(getattr(same, part)), nnx.state(getattr(ours, part)))
     assert same.scheduler() == ours.scheduler()
     np.testing.assert_array_equal(same.tokenizer(PROMPTS).ids, ours.tokenizer(PROMPTS).ids)
+
+
+@pytest.mark.parametrize("size", ["1GB", "20KB"])
+def test_half_precision_as_they_write_it_is_read(ours, theirs, tmp_path, size):
+    """In one file, or in shards with an index."""
+    copy.deepcopy(theirs.unet).half().save_pretrained(tmp_path, variant="fp16", max_shard_size=size)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (size == "20KB")
+    found = read_network(tmp_path, UNet2DConditionConfig.from_json, lambda config: UNet2DCondition(config, rngs=nnx.Rngs(0)))
+    half = jax.tree.map(lambda leaf: np.asarray(leaf).astype(np.float16).astype(np.float32), nnx.state(ours.unet))
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(found), half)
+
+
+@pytest.mark.parametrize("kind", ["EulerDiscrete", "EulerAncestralDiscrete", "LMSDiscrete", "UniPCMultistep", "DEISMultistep", "DDPM"])
+def test_other_schedulers_as_they_write_them_say_the_same_noise(ours, theirs, tmp_path, kind):
+    scheduler = getattr(diffusers, f"{kind}Scheduler").from_config(theirs.scheduler.config)
+    scheduler.save_pretrained(tmp_path)
+    fields = read_json(tmp_path / "scheduler_config.json")
+    assert noise(fields) == ours.objective
+    assert "DPMSolverMultistepScheduler" in methods_for(fields)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+def test_their_timesteps_are_ours(ours, spacing):
+    fields = {**ours.scheduler_config, "timestep_spacing": spacing, "steps_offset": 0}
+    scheduler = diffusers.DPMSolverMultistepScheduler.from_config(fields)
+    for steps in range(1, 500 if spacing == "leading" else 1000):
+        scheduler.set_timesteps(steps)
+        grid = Scheduler.from_json(fields, "DPMSolverMultistepScheduler").sampling(steps).sampler.grid
+        assert list(grid.timesteps) == scheduler.timesteps.tolist()[:steps], steps
 
 
 def drawn(ours, theirs, scheduler, size):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -113,11 +114,12 @@ def test_timesteps_are_those_of_diffusers_for_every_number_of_steps(spacing):
     scheduler = Scheduler.from_json(PUBLISHED | {"timestep_spacing": spacing, "steps_offset": 0}, "DPMSolverMultistepScheduler")
     more = 0
     for steps in range(1, 500 if spacing == "leading" else 1000):
-        found, expected = scheduler.sampling(steps).sampler.grid.timesteps, SPACINGS[spacing](1000, steps).astype(int).tolist()
+        grid: Any = scheduler.sampling(steps).sampler.grid
+        expected = SPACINGS[spacing](1000, steps).astype(int).tolist()
         if len(expected) > steps:  # one below 0, which the network does not know
             assert expected.pop() == -1
             more += 1
-        assert list(found) == expected, steps
+        assert list(grid.timesteps) == expected, steps
     assert more == (62 if spacing == "trailing" else 0)
 
 
@@ -153,6 +155,9 @@ def test_the_noise_is_known_whatever_the_method(method):
     assert methods_for(fields) == ["DDIMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler"]
     assert methods_for(fields | {"clip_sample": True, "prediction_type": "v_prediction"}) == ["DPMSolverMultistepScheduler"]
     assert methods_for(fields | {"use_karras_sigmas": True, "timestep_spacing": "linspace"}) == []
+    theirs = {"solver_type": "bh2", "algorithm_type": "deis", "variance_type": "fixed_small"}
+    assert methods_for(fields | theirs) == methods_for(fields)
+    assert methods_for(fields | {"variance_type": "learned_range"}) == ["DDIMScheduler", "PNDMScheduler"]
     # Methods that are not known may take it for another one.
     del fields["beta_end"]
     with pytest.raises(ValueError, match=f"beta_end is missing, without which the noise of '{method}' is not known"):
