@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, Shaped
 
+from diffusion.backend import compiler_options
 from diffusion.layers import AttentionBlock, Downsample, GroupNorm, ResnetBlock, Upsample, at_least_float32, conv, silu
+from diffusion.pixels import to_model
 from diffusion.published import check_class, check_fields, check_levels, read_fields
 
 CLASS_NAME = "AutoencoderKL"
@@ -114,26 +116,11 @@ class AutoencoderKLConfig:
         return {"_class_name": CLASS_NAME} | dataclasses.asdict(self)
 
 
-# That of Stable Diffusion v1.
-PUBLISHED = AutoencoderKLConfig(
-    down_block_types=("DownEncoderBlock2D",) * 4,
-    up_block_types=("UpDecoderBlock2D",) * 4,
-    block_out_channels=(128, 256, 512, 512),
-    layers_per_block=2,
-    sample_size=512,
-)
-
-
 class DiagonalGaussian(NamedTuple):
-    """Independent normal distributions, one for each number of the latents; float32 at least."""
+    """Independent normal distributions, one for each number of the latents, of which the mean is the most likely; float32 at least."""
 
     mean: Float[Array, "n h w z"]
     log_variance: Float[Array, "n h w z"]
-
-    @property
-    def mode(self) -> Float[Array, "n h w z"]:
-        """The most likely latents."""
-        return self.mean
 
     @property
     def divergence(self) -> Float[Array, "n h w z"]:
@@ -149,18 +136,28 @@ def _resnets(make: MakeResnet, in_channels: int, out_channels: int, layers: int)
     return [make(in_channels if i == 0 else out_channels, out_channels) for i in range(layers)]
 
 
-class DownBlock(nnx.Module):
-    """ResNet blocks, and half the size in the end."""
+class Block(nnx.Module):
+    """ResNet blocks, and half or twice the size in the end."""
 
-    def __init__(self, in_channels: int, out_channels: int, *, layers: int, resnet: MakeResnet, downsample: Downsample | None) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        layers: int,
+        resnet: MakeResnet,
+        downsample: Downsample | None = None,
+        upsample: Upsample | None = None,
+    ) -> None:
         self.resnets = nnx.List(_resnets(resnet, in_channels, out_channels, layers))
         self.downsample = downsample
+        self.upsample = upsample
 
     def __call__(self, x: Image) -> Image:
         """The block's output."""
-        for resnet in self.resnets:
-            x = resnet(x)
-        return x if self.downsample is None else self.downsample(x)
+        for layer in (*self.resnets, self.downsample, self.upsample):
+            x = x if layer is None else layer(x)
+        return x
 
 
 class MidBlock(nnx.Module):
@@ -175,20 +172,6 @@ class MidBlock(nnx.Module):
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
-class UpBlock(nnx.Module):
-    """ResNet blocks, and twice the size in the end."""
-
-    def __init__(self, in_channels: int, out_channels: int, *, layers: int, resnet: MakeResnet, upsample: Upsample | None) -> None:
-        self.resnets = nnx.List(_resnets(resnet, in_channels, out_channels, layers))
-        self.upsample = upsample
-
-    def __call__(self, x: Image) -> Image:
-        """The block's output."""
-        for resnet in self.resnets:
-            x = resnet(x)
-        return x if self.upsample is None else self.upsample(x)
-
-
 class Encoder(nnx.Module):
     """Twice as many numbers as latents, from an image."""
 
@@ -197,12 +180,12 @@ class Encoder(nnx.Module):
         groups = config.norm_num_groups
         resnet = functools.partial(ResnetBlock, embedding=None, groups=groups, eps=_EPS, dtype=dtype, rngs=rngs)
         self.conv_in = conv(config.in_channels, channels[0], 3, dtype=dtype, rngs=rngs)
-        self.down_blocks: nnx.List[DownBlock] = nnx.List([])
+        self.down_blocks: nnx.List[Block] = nnx.List([])
         for i, width in enumerate(channels):
             last = i == len(channels) - 1
             downsample = None if last else Downsample(width, padding=0, dtype=dtype, rngs=rngs)
             self.down_blocks.append(
-                DownBlock(channels[max(i - 1, 0)], width, layers=config.layers_per_block, resnet=resnet, downsample=downsample)
+                Block(channels[max(i - 1, 0)], width, layers=config.layers_per_block, resnet=resnet, downsample=downsample)
             )
         self.mid_block = MidBlock(channels[-1], resnet=resnet, groups=groups, dtype=dtype, rngs=rngs)
         self.conv_norm_out = GroupNorm(channels[-1], groups, eps=_EPS, dtype=dtype)
@@ -225,12 +208,12 @@ class Decoder(nnx.Module):
         resnet = functools.partial(ResnetBlock, embedding=None, groups=groups, eps=_EPS, dtype=dtype, rngs=rngs)
         self.conv_in = conv(config.latent_channels, channels[0], 3, dtype=dtype, rngs=rngs)
         self.mid_block = MidBlock(channels[0], resnet=resnet, groups=groups, dtype=dtype, rngs=rngs)
-        self.up_blocks: nnx.List[UpBlock] = nnx.List([])
+        self.up_blocks: nnx.List[Block] = nnx.List([])
         for i, width in enumerate(channels):
             last = i == len(channels) - 1
             upsample = None if last else Upsample(width, dtype=dtype, rngs=rngs)
             self.up_blocks.append(
-                UpBlock(channels[max(i - 1, 0)], width, layers=config.layers_per_block + 1, resnet=resnet, upsample=upsample)
+                Block(channels[max(i - 1, 0)], width, layers=config.layers_per_block + 1, resnet=resnet, upsample=upsample)
             )
         self.conv_norm_out = GroupNorm(channels[-1], groups, eps=_EPS, dtype=dtype)
         self.conv_out = conv(channels[-1], config.out_channels, 3, dtype=dtype, rngs=rngs)
@@ -277,6 +260,16 @@ class AutoencoderKL(nnx.Module):
         """
         _check_channels("latents", latents, self.config.latent_channels)
         return self.decoder(self.post_quant_conv(latents.astype(self.dtype))).astype(at_least_float32(self.dtype))
+
+
+@functools.lru_cache
+def image_encoder(graphdef: Any) -> Callable[..., DiagonalGaussian]:
+    """Of parameters and images as files hold them, the latents; one program for all autoencoders that differ in parameters alone."""
+
+    def encode_image(params: Any, pixels: Shaped[Array, "n h w c"]) -> DiagonalGaussian:
+        return nnx.merge(graphdef, params).encode(to_model(pixels))
+
+    return jax.jit(encode_image, compiler_options=compiler_options())
 
 
 def _check_channels(what: str, x: Array, channels: int) -> None:

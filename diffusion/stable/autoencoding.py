@@ -134,7 +134,7 @@ def fidelity(autoencoder: AutoencoderKL, images: Images) -> Fidelity:
     def of(params: Any, pixels: Shaped[Array, "n h w c"]) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
         made, clean = nnx.merge(graphdef, params), to_model(pixels)
         latents = made.encode(clean)
-        error = jnp.mean(jnp.square(made.decode(latents.mode) - clean), axis=(1, 2, 3))
+        error = jnp.mean(jnp.square(made.decode(latents.mean) - clean), axis=(1, 2, 3))
         return error, jnp.sum(latents.divergence, axis=(1, 2, 3)) / jnp.log(2.0)
 
     pixels = checked(images).pixels

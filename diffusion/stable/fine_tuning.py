@@ -10,19 +10,18 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Float, Int32
 
-from diffusion.backend import compiler_options
 from diffusion.objective import Denoising
 from diffusion.stable.config import UNet2DConditionConfig
 from diffusion.stable.latents import LatentCache, Latents, LatentSpace
 from diffusion.stable.pipeline import StableDiffusion
+from diffusion.stable.text_encoder import encode_texts
 from diffusion.stable.unet import UNet2DCondition
 from diffusion.weights import read_network
 from hopjax.data import Images
@@ -151,10 +150,5 @@ def fine_tuned(
     tokens = stable.tokenizer(["", *(prompt.replace("{label}", name) for name in classes)])
     for line in tokens.warnings:
         warnings.warn(line, stacklevel=2)
-    graphdef, params = nnx.split(stable.text_encoder, nnx.Param)
-
-    def encode(params: Any, ids: Int[Array, "k l"]) -> Float[Array, "k l f"]:
-        return nnx.merge(graphdef, params)(ids).last_hidden_state
-
-    texts = jax.jit(encode, compiler_options=compiler_options())(params, jnp.asarray(tokens.ids))
+    texts = encode_texts(stable.text_encoder, tokens.ids)
     return LatentModel(stable, LatentCache(Path(cache), stable.vae, batch=batch), texts.astype(jnp.float32), tuple(classes))

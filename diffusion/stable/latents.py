@@ -20,12 +20,11 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Float32, Key, Shaped
 
-from diffusion.backend import compiler_options
 from diffusion.feed import filled_batches
 from diffusion.pixels import checked, to_model
 from diffusion.samplers import Network
 from diffusion.space import Space
-from diffusion.stable.autoencoder import AutoencoderKL, AutoencoderKLConfig, DiagonalGaussian
+from diffusion.stable.autoencoder import AutoencoderKL, AutoencoderKLConfig, DiagonalGaussian, image_encoder
 from diffusion.stages import fingerprint
 from hopjax.cli.tasks import description
 from hopjax.data import Images
@@ -113,24 +112,14 @@ class LatentCache:
             partial.replace(file)
 
     def _encoded(self, pixels: Shaped[np.ndarray, "n h w c"], rows: np.ndarray) -> Float32[np.ndarray, "k _ _ m"]:
-        found = np.asarray(_encoder(self._graphdef)(self._params, jnp.asarray(pixels[rows])), np.float32)
+        found = np.concatenate(image_encoder(self._graphdef)(self._params, jnp.asarray(pixels[rows])), axis=-1, dtype=np.float32)
         finite = np.isfinite(found).all(axis=(1, 2, 3))
         if not finite.all():
             raise ValueError(
-                f"the autoencoder makes of image {rows[np.argmin(finite)] + 1} latents that are not finite: compute it in float32, not in "
-                f"{self._dtype}, and see that its weights are whole"
+                f"the autoencoder makes of image {rows[np.argmin(finite)] + 1} latents that are not finite in "
+                f"{self._dtype}: compute it in float32, and see that its weights are whole"
             )
         return found
-
-
-@functools.lru_cache
-def _encoder(graphdef: Any) -> Callable[..., Array]:
-    """One program for all autoencoders that differ in their parameters alone."""
-
-    def encode(params: Any, pixels: Shaped[Array, "n h w c"]) -> Float[Array, "n _ _ m"]:
-        return jnp.concatenate(nnx.merge(graphdef, params).encode(to_model(pixels)), axis=-1)
-
-    return jax.jit(encode, compiler_options=compiler_options())
 
 
 def _header(shape: tuple[int, ...]) -> bytes:
@@ -185,7 +174,7 @@ class LatentSpace(Space):
     def clean(self, batch: Latents, key: Key[Array, ""] | None = None) -> Float[Array, "n h w z"]:
         """Drawn from their distributions with the key."""
         latents = DiagonalGaussian(*jnp.split(batch.moments, 2, axis=-1))
-        return self.config.scaling_factor * (latents.mode if key is None else latents.sample(key))
+        return self.config.scaling_factor * (latents.mean if key is None else latents.sample(key))
 
     def network(self, model: Any, batch: Latents, key: Key[Array, ""] | None = None) -> Network:
         """Of a module that is called with (latents, timestep, text, dropout key)."""

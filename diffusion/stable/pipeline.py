@@ -34,15 +34,15 @@ from diffusion.feed import filled_batches
 from diffusion.layers import at_least_float32
 from diffusion.objective import Denoising
 from diffusion.pipeline import INDEX, SCHEDULER
-from diffusion.pixels import to_bytes, to_model
+from diffusion.pixels import to_bytes
 from diffusion.reconstruct import reconstructions, reverse_process
 from diffusion.samplers import Network, Samples, noise_function, stepwise
-from diffusion.stable.autoencoder import AutoencoderKL, AutoencoderKLConfig
+from diffusion.stable.autoencoder import AutoencoderKL, AutoencoderKLConfig, image_encoder
 from diffusion.stable.config import UNet2DConditionConfig
 from diffusion.stable.hub import resolve
 from diffusion.stable.scheduling import Scheduler, methods_for, noise
 from diffusion.stable.text_encoder import WEIGHTS as TEXT_WEIGHTS
-from diffusion.stable.text_encoder import TextEncoder, read_text_encoder
+from diffusion.stable.text_encoder import TextEncoder, encode_texts, read_text_encoder
 from diffusion.stable.tokenizer import Tokenizer, read_tokenizer, refuse_added_tokens
 from diffusion.stable.unet import UNet2DCondition
 from diffusion.weights import CONFIG, new_folder, read_json, read_network, refuse_single_file, write_bytes, write_json, write_network
@@ -211,20 +211,19 @@ class StableDiffusion:
 
         Raises: ValueError for images that cannot be encoded, or pixels that are neither bytes nor from 0 to 1.
         """
-        images = _array("images", images)
-        self.vae.config.latent_size(*images.shape[1:3])
-        if images.shape[3] != self.vae.config.in_channels:
-            raise ValueError(f"images have {images.shape[3]} channels, the autoencoder takes {self.vae.config.in_channels}")
-        if images.dtype != np.uint8:
-            low, high = float(images.min()), float(images.max())
+        pixels = _array("images", images)
+        self.vae.config.latent_size(*pixels.shape[1:3])
+        if pixels.shape[3] != self.vae.config.in_channels:
+            raise ValueError(f"images have {pixels.shape[3]} channels, the autoencoder takes {self.vae.config.in_channels}")
+        if pixels.dtype != np.uint8:
+            low, high = float(pixels.min()), float(pixels.max())
             if not (low >= 0 and high <= 1):
                 raise ValueError(f"pixels lie between {low:g} and {high:g}: give bytes, or numbers from 0 to 1")
         graphdef, params = nnx.split(self.vae, nnx.Param)
         found = []
-        for places in filled_batches(len(images), _whole_number("batch", batch)):
-            given = to_model(jnp.asarray(images[places]))
-            found.append(_encoder(graphdef)(params, given.astype(at_least_float32(self.vae.dtype))))
-        return self.vae.config.scaling_factor * jnp.concatenate(found)[: len(images)]
+        for places in filled_batches(len(pixels), _whole_number("batch", batch)):
+            found.append(image_encoder(graphdef)(params, jnp.asarray(pixels[places])).mean)
+        return self.vae.config.scaling_factor * jnp.concatenate(found)[: len(pixels)]
 
     def decode(self, latents: Latents | Float[np.ndarray, "n h w z"], *, batch: int = 4) -> Float[np.ndarray, "n _ _ c"]:
         """The pixels of latents that were × `scaling_factor`, clipped to −1 … 1; `batch` as for `encode`.
@@ -308,16 +307,16 @@ class StableDiffusion:
         if not 0 < strength <= 1:
             raise ValueError(f"strength = {strength} is out of range: need 0 < strength ≤ 1")
         _check_key(key)
-        steps, images = _whole_number("steps", steps), _array("images", images)
-        self.vae.config.whole_latent_size(*images.shape[1:3])
+        steps, pixels = _whole_number("steps", steps), _array("images", images)
+        self.vae.config.whole_latent_size(*pixels.shape[1:3])
         last = int(steps * strength)
         if last < 1 <= steps:
             raise ValueError(f"strength = {strength} leaves none of {steps} steps: need strength ≥ {1 / steps:g}")
         sampling = self.scheduler(scheduler).sampling(steps, last=last, scan=stepwise)
         schedule = self.objective.schedule
         asked = self._ask(prompts, negative_prompts, guidance)
-        _same_number("prompts", asked.ids, "images", images)
-        clean = self.encode(images, batch=batch)
+        _same_number("prompts", asked.ids, "images", pixels)
+        clean = self.encode(pixels, batch=batch)
 
         def run(epsilon: Network, places: Places) -> Samples:
             noise = self._noise(key, places, clean.shape[1:])
@@ -345,14 +344,14 @@ class StableDiffusion:
         """
         schedule = self.objective.schedule
         _check_key(key)
-        timestep, images = _whole_number("timestep", timestep), _array("images", images)
-        self.vae.config.whole_latent_size(*images.shape[1:3])
+        timestep, pixels = _whole_number("timestep", timestep), _array("images", images)
+        self.vae.config.whole_latent_size(*pixels.shape[1:3])
         if not 0 < timestep < schedule.timesteps:
             raise ValueError(f"timestep = {timestep} is out of range: need 0 < timestep < {schedule.timesteps}")
         sampler = dataclasses.replace(reverse_process(schedule, timestep), scan=stepwise)
-        asked = self._ask([""] * len(images) if prompts is None else prompts, None, guidance)
-        _same_number("prompts", asked.ids, "images", images)
-        clean = self.encode(images, batch=batch)
+        asked = self._ask([""] * len(pixels) if prompts is None else prompts, None, guidance)
+        _same_number("prompts", asked.ids, "images", pixels)
+        clean = self.encode(pixels, batch=batch)
 
         def run(epsilon: Network, places: Places) -> Samples:
             return reconstructions(epsilon, clean[places], schedule, _keys(key, places), timestep=timestep, sampler=sampler, clip=None)
@@ -382,7 +381,6 @@ class StableDiffusion:
 
     def _generate(self, asked: _Asked, run: Run, evaluations: int, batch: int, progress: Progress) -> Pictures:
         """The images of what `run` makes of the noise function and the numbers of the images in each batch."""
-        text_graphdef, text_params = nnx.split(self.text_encoder, nnx.Param)
         graphdef, params = nnx.split(self.unet, nnx.Param)
         guided = _guided_noise(graphdef, self.objective)
         guidance = None if asked.guidance == 1 else jnp.asarray(asked.guidance, at_least_float32(self.unet.dtype))
@@ -391,7 +389,7 @@ class StableDiffusion:
 
         def noise_function(places: Places) -> Network:
             ids = asked.ids[places] if guidance is None else np.concatenate([asked.negative_ids[places], asked.ids[places]])
-            text = _text_encoder(text_graphdef)(text_params, jnp.asarray(ids))
+            text = encode_texts(self.text_encoder, ids)
 
             def epsilon(noisy: Latents, timestep: Real[Array, " n"]) -> Latents:
                 nonlocal done
@@ -413,22 +411,6 @@ class StableDiffusion:
 
 
 # One program for all networks that differ in their parameters alone.
-
-
-@functools.lru_cache
-def _text_encoder(graphdef: Any) -> Callable[..., Any]:
-    def encode_text(params: Any, ids: Int[Array, "n l"]) -> Float[Array, "n l f"]:
-        return nnx.merge(graphdef, params)(ids).last_hidden_state
-
-    return jax.jit(encode_text, compiler_options=compiler_options())
-
-
-@functools.lru_cache
-def _encoder(graphdef: Any) -> Callable[..., Any]:
-    def encode_image(params: Any, pixels: Float[Array, "n h w c"]) -> Float[Array, "n _ _ z"]:
-        return nnx.merge(graphdef, params).encode(pixels).mode
-
-    return jax.jit(encode_image, compiler_options=compiler_options())
 
 
 @functools.lru_cache

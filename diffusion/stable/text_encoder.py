@@ -6,21 +6,23 @@ Source: Radford et al. 2021 (arXiv:2103.00020), Section 2.4.
 """
 
 import dataclasses
+import functools
 import math
 import os
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from diffusion.backend import compiler_options
 from diffusion.layers import LayerNorm, at_least_float32, linear
 from diffusion.published import check_fields, read_fields
-from diffusion.weights import new_folder, read_network, write_network
+from diffusion.weights import read_network
 
 WEIGHTS = "model.safetensors"
 ARCHITECTURE = "CLIPTextModel"
@@ -227,6 +229,20 @@ class TextEncoder(nnx.Module):
         return TextEncoding(hidden, jnp.take_along_axis(hidden, end[:, None, None], axis=1)[:, 0])
 
 
+def encode_texts(encoder: TextEncoder, ids: Int[np.ndarray, "n l"]) -> Float[Array, "n l f"]:
+    """What the U-Net attends to for tokens; one program for all encoders that differ in their parameters alone."""
+    graphdef, params = nnx.split(encoder, nnx.Param)
+    return _program(graphdef)(params, jnp.asarray(ids))
+
+
+@functools.lru_cache
+def _program(graphdef: Any) -> Callable[..., Any]:
+    def encode_text(params: Any, ids: Int[Array, "n l"]) -> Float[Array, "n l f"]:
+        return nnx.merge(graphdef, params)(ids).last_hidden_state
+
+    return jax.jit(encode_text, compiler_options=compiler_options())
+
+
 def read_text_encoder(folder: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32) -> TextEncoder:
     """The text encoder in a folder of transformers, old or new; `dtype` as for `TextEncoder`.
 
@@ -239,12 +255,3 @@ def read_text_encoder(folder: str | os.PathLike[str], *, dtype: DTypeLike = jnp.
         weights=WEIGHTS,
         ignored=IGNORED,
     )
-
-
-def write_text_encoder(folder: str | os.PathLike[str], model: TextEncoder) -> None:
-    """Write a folder that `read_text_encoder` and transformers' `CLIPTextModel.from_pretrained` take. It appears whole or not at all.
-
-    Raises: ValueError if `folder` exists and is not empty: nothing is overwritten.
-    """
-    with new_folder(folder) as partial:
-        write_network(Path(partial), model.config.to_json(), model, weights=WEIGHTS)

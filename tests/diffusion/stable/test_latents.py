@@ -157,7 +157,7 @@ def test_of_two_at_once_one_computes_and_the_other_waits(autoencoder, tmp_path, 
 def test_numbers_that_are_not_finite_are_refused_with_the_image(autoencoder, tmp_path):
     graphdef, params = nnx.split(autoencoder, nnx.Param)
     broken = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf * jnp.nan, params))
-    with pytest.raises(ValueError, match=r"the autoencoder makes of image 1 latents that are not finite: compute it in float32"):
+    with pytest.raises(ValueError, match=r"the autoencoder makes of image 1 latents that are not finite in float32: compute it in float32"):
         LatentCache(tmp_path, broken).moments(images())
 
 

@@ -10,7 +10,8 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from diffusion.layers import initialise
-from diffusion.stable.autoencoder import PUBLISHED, AutoencoderKL
+from diffusion.stable.autoencoder import AutoencoderKL
+from diffusion.stable.published import AUTOENCODER
 from diffusion.unet import parameter_count
 from diffusion.weights import CONFIG, WEIGHTS, write_json, write_tensors
 
@@ -25,7 +26,7 @@ SIDES = (32, 64, 512)  # of images
 @pytest.fixture(scope="module")
 def ours():
     """A network with every tensor random, norms and biases too: ones and zeros would hide a mix-up."""
-    model = initialise(lambda rngs: AutoencoderKL(PUBLISHED, rngs=rngs), jax.random.key(0))
+    model = initialise(lambda rngs: AutoencoderKL(AUTOENCODER, rngs=rngs), jax.random.key(0))
     generator = np.random.default_rng(0)
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         if len(variable.shape) == 1:
@@ -38,7 +39,7 @@ def ours():
 def theirs(ours, tmp_path_factory):
     """What diffusers makes of a folder that we wrote."""
     folder = tmp_path_factory.mktemp("autoencoder")
-    write_json(folder / CONFIG, PUBLISHED.to_json())
+    write_json(folder / CONFIG, AUTOENCODER.to_json())
     write_tensors(folder / WEIGHTS, ours)
     model = diffusers.AutoencoderKL.from_pretrained(folder).eval()
     assert sum(parameter.numel() for parameter in model.parameters()) == parameter_count(ours) == 83_653_863
@@ -84,6 +85,6 @@ def test_diffusers_reads_what_is_written_and_computes_the_same(ours, cases, side
 def test_bfloat16_drifts(ours, cases, agree):
     """Noted, not bounded."""
     image, latents, *expected = cases[64]
-    half = nnx.eval_shape(lambda: AutoencoderKL(PUBLISHED, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    half = nnx.eval_shape(lambda: AutoencoderKL(AUTOENCODER, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     found = both(nnx.graphdef(half), nnx.state(ours, nnx.Param), image, latents)
     compare(agree, "AutoencoderKL, bfloat16", found, 64, expected, None)

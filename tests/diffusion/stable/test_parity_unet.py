@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from diffusion.stable.config import UNet2DConditionConfig
+from diffusion.stable.published import UNET
 from diffusion.stable.unet import UNet2DCondition
 from diffusion.unet import parameter_count
 from diffusion.weights import read_network
@@ -54,7 +55,7 @@ def ours(theirs):
     """The same network, read from their folder."""
     folder, _ = theirs
     model = read_network(folder, UNet2DConditionConfig.from_json, lambda config: UNet2DCondition(config, rngs=nnx.Rngs(0)))
-    assert model.config == UNet2DConditionConfig()
+    assert model.config == UNET
     assert parameter_count(model) == 859_520_964
     return nnx.split(model, nnx.Param)
 
@@ -99,7 +100,7 @@ def test_any_two_tensors_of_one_shape_are_told_apart(theirs, ours):
 def test_bfloat16_drifts(theirs, ours, agree):
     """Eight bits in each product of a hundred layers. Noted, and bounded where it would be noise."""
     arguments, expected = theirs[1][8]
-    model = nnx.eval_shape(lambda: UNet2DCondition(UNet2DConditionConfig(), dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: UNet2DCondition(UNET, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     found = apply(nnx.graphdef(model), ours[1], *map(jnp.asarray, arguments))
     assert found.dtype == jnp.float32
     assert agree(f"{NETWORK}, bfloat16", shown(8), found, expected, None) < 1

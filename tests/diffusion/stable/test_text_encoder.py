@@ -16,17 +16,10 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from diffusion.stable.text_encoder import (
-    IGNORED,
-    WEIGHTS,
-    CLIPTextConfig,
-    TextEncoder,
-    TextEncoding,
-    read_text_encoder,
-    write_text_encoder,
-)
+from diffusion.stable.published import TEXT
+from diffusion.stable.text_encoder import IGNORED, WEIGHTS, CLIPTextConfig, TextEncoder, TextEncoding, encode_texts, read_text_encoder
 from diffusion.unet import parameter_count
-from diffusion.weights import CONFIG, tensor_shapes
+from diffusion.weights import CONFIG, tensor_shapes, write_network
 
 GOLDEN = Path(__file__).parent / "golden"
 FOLDER = GOLDEN / "text_encoder"
@@ -75,6 +68,11 @@ def test_the_network_computes_what_transformers_computes(dtype, bound):
     wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
     assert [field.dtype for field in apply(graphdef, params, IDS)] == [wide, wide]
     assert deviation(graphdef, params) < bound
+
+
+def test_what_the_unet_attends_to_is_the_last_hidden_state():
+    found = encode_texts(read_text_encoder(FOLDER), IDS)
+    np.testing.assert_allclose(found, EXPECTED.last_hidden_state, atol=5e-6 * np.abs(EXPECTED.last_hidden_state).max())
 
 
 def test_the_golden_output_depends_on_every_parameter():
@@ -167,8 +165,13 @@ def test_tensors_are_those_of_the_published_file():
     assert parameter_count(model) == 123_060_480
 
 
+def write(folder, model):
+    folder.mkdir()
+    write_network(folder, model.config.to_json(), model, weights=WEIGHTS)
+
+
 def test_what_torch_wrote_is_written_back_bit_for_bit(tmp_path):
-    write_text_encoder(tmp_path / "copy", read_text_encoder(FOLDER))
+    write(tmp_path / "copy", read_text_encoder(FOLDER))
     theirs, ours = load_file(FOLDER / WEIGHTS), load_file(tmp_path / "copy" / WEIGHTS)
     np.testing.assert_array_equal(theirs.pop(IGNORED[0]), np.arange(9)[None])  # may be there, and is no parameter
     assert theirs.keys() == ours.keys()
@@ -193,6 +196,7 @@ def test_names_as_transformers_5_writes_them_are_read(tmp_path):
 
 def test_the_published_configuration_is_read():
     config = CLIPTextConfig.from_json(PUBLISHED)
+    assert config == TEXT
     assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.eos_token_id) == (768, 12, 12, 2)
     assert CLIPTextConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
     lost = {"_name_or_path", "dropout", "torch_dtype", "transformers_version"}
@@ -300,7 +304,7 @@ def test_the_full_size_in_both_directions(tmp_path, agree):
         elif path[-1] == "bias":
             draw *= 0.2
         variable.set_value(jnp.asarray(draw))
-    write_text_encoder(tmp_path / "ours", model)
+    write(tmp_path / "ours", model)
     theirs = transformers.CLIPTextModel.from_pretrained(tmp_path / "ours").eval()
     assert sum(parameter.numel() for parameter in theirs.parameters()) == 123_060_480
     ids = np.full((3, 77), 49407, np.int32)

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 
 from diffusion.layers import Attention, GroupNorm, LayerNorm, Upsample, initialise
 from diffusion.stable.config import UNet2DConditionConfig
+from diffusion.stable.published import UNET
 from diffusion.stable.transformer import GEGLU
 from diffusion.stable.unet import UNet2DCondition
 from diffusion.unet import parameter_count
@@ -262,7 +263,7 @@ def test_configurations_are_read_and_written(case):
         written = json.loads(json.dumps(config.to_json()))
         assert UNet2DConditionConfig.from_json(written) == config
         assert written.items() <= (written | fields).items()  # nothing is altered
-    assert UNet2DConditionConfig.from_json(PUBLISHED) == UNet2DConditionConfig()
+    assert UNet2DConditionConfig.from_json(PUBLISHED) == UNET
 
 
 @pytest.mark.parametrize("said", [None, False])
