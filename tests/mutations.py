@@ -324,6 +324,27 @@ MUTATIONS = (
         "test_mesh.py::test_one_two_four_and_eight_devices_agree_and_exchange_what_the_layout_counts",
     ),
     Mutation(
+        "mesh: states that are not their own memories pass",
+        "mesh",
+        "check_stored(states, memories, own, begun, begun + default_tile().states)",
+        "pass",
+        "test_mesh.py::test_what_does_not_fit_is_named_as_on_one_device",
+    ),
+    Mutation(
+        "neighbours: found without a common shift",
+        "moments",
+        "x, y = states - centre, memories - centre",
+        "x, y = states, memories",
+        "test_tiled.py::test_neighbours_and_their_distances_survive_a_common_offset",
+    ),
+    Mutation(
+        "perturbation: gentle tilts of the other sign alike",
+        "perturbation",
+        "-jnp.sum(w * (up / (1 + up)), axis=1)",
+        "-jnp.sum(w * up, axis=1)",
+        "test_perturbation.py::test_a_pair_is_its_definition",
+    ),
+    Mutation(
         "perturbation: tilts of one sign",
         "perturbation",
         "jnp.array([1.0, -1.0], states.dtype)",
@@ -406,6 +427,13 @@ MUTATIONS = (
         "converged = climb.residual <= tolerance",
         "converged = climb.residual <= jnp.inf",
         "test_boltzmann.py::test_why_a_fit_stopped_is_data",
+    ),
+    Mutation(
+        "fits: the last step for the way that is left",
+        "boltzmann",
+        "return self.move / (1 - self.ratio)",
+        "return self.move",
+        "test_boltzmann.py::test_a_slow_climb_ends_within_the_tolerance_of_the_maximum",
     ),
     Mutation(
         "start: seeds never spread",
