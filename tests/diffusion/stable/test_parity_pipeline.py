@@ -5,6 +5,7 @@ Needs torch, diffusers and transformers: `make parity`.
 
 import copy
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +90,7 @@ def test_their_timesteps_are_ours(ours, spacing):
     scheduler = diffusers.DPMSolverMultistepScheduler.from_config(fields)
     for steps in range(1, 500 if spacing == "leading" else 1000):
         scheduler.set_timesteps(steps)
-        grid = Scheduler.from_json(fields, "DPMSolverMultistepScheduler").sampling(steps).sampler.grid
+        grid: Any = Scheduler.from_json(fields, "DPMSolverMultistepScheduler").sampling(steps).sampler.grid
         assert list(grid.timesteps) == scheduler.timesteps.tolist()[:steps], steps
 
 
