@@ -176,7 +176,7 @@ def buffer(
     count = size.of(len(tasks.task1))
     replay.check(policy, tasks.task1)
     found = survey("buffer", tasks, temperature, model, "paper", machine, out, screen)
-    rows = replay.choose(found, policy, count, seed, screen)
+    rows = replay.kept(found, policy, count, seed, screen)
     chosen = replay.listed(found.table, rows, policy, seed)
     gained = replay.gains(found, rows, seed, screen)
     lines = replay.summary(chosen, gained)
@@ -209,14 +209,18 @@ def sensitivity(
     configure(machine)
     screen = Screen()
     from hopjax.cli import sensitivity as study
+    from hopjax.cli.resume import Partial
     from hopjax.cli.tasks import directed, load
     from hopjax.normalisation import NORMALISATIONS
 
     rules = study.numbers(perplexities)
     with screen.working(f"reading {data}"):
         tasks = directed(load(data, choice, reading), NORMALISATIONS, skip=reading.skip_bad)
-    found = study.sensitivity(study.views(tasks, rules, machine, screen))
+    inputs = study.described(tasks, machine)
+    partial = Partial(page, inputs)
+    found = study.sensitivity(study.views(tasks, rules, machine, partial, screen), inputs)
     _finish(screen, study.table(found, tasks), out, lambda: study.page(found, tasks), page, study.summary(found))
+    partial.discard()
     return 0
 
 

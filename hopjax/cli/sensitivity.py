@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,6 +16,7 @@ from hopjax.cli.landscape import PERPLEXITY
 from hopjax.cli.options import Machine, UsageError, as_options
 from hopjax.cli.page import render
 from hopjax.cli.progress import Screen
+from hopjax.cli.resume import Partial
 from hopjax.cli.table import Table, versions
 from hopjax.cli.tasks import Tasks, description
 
@@ -40,11 +41,13 @@ class Sensitivity(NamedTuple):
         views: normalisation by normalisation, perplexities rising.
         spearman: of every two views' energies.
         shared: of every two views, how much of the highest tenth of the one is in that of the other.
+        inputs: what they depend on: plain JSON.
     """
 
     views: list[View]
     spearman: np.ndarray
     shared: np.ndarray
+    inputs: dict[str, Any]
 
     @property
     def default(self) -> int:
@@ -68,33 +71,58 @@ def numbers(text: str) -> list[float]:
     return found
 
 
-def views(tasks: Tasks, perplexities: Sequence[float], machine: Machine, screen: Screen) -> list[View]:
-    """Raises UsageError for perplexities that the samples do not allow, and samples that cannot be normalised."""
+def described(tasks: Tasks, machine: Machine) -> dict[str, Any]:
+    """All that the energies of a view depend on: plain JSON."""
+    return {
+        "read": tasks.read,
+        "task1": description(tasks.task1),
+        "precision": machine.precision,
+        "device": jax.default_backend(),
+        "versions": versions(),
+    }
+
+
+def views(tasks: Tasks, perplexities: Sequence[float], machine: Machine, partial: Partial, screen: Screen) -> list[View]:
+    """One after the other, those that an earlier run has finished as it left them.
+
+    Raises: UsageError for perplexities that the samples do not allow, and samples that cannot be normalised; KeyboardInterrupt that says
+        how far it came.
+    """
     vectors = tasks.task1.vectors().astype(machine.precision, copy=False)
-    found = []
-    with screen.counting("views", len(normalisation.NORMALISATIONS) * len(perplexities), 0, unit="views") as count:
-        for name in normalisation.NORMALISATIONS:
-            try:
-                memories = normalisation.fit(name, vectors)(vectors)
-                for perplexity in perplexities:
-                    beta = temperature.Perplexity(perplexity, memory_limit=machine.memory_limit).solve(memories)
-                    own = np.arange(len(memories))
-                    values = tiled.summarise(memories, memories, beta, ["energy", "log_odds"], own=own, memory_limit=machine.memory_limit)
-                    found.append(View(name, perplexity, beta, scores(values, name, "paper")))
-                    count(1)
-            except ValueError as error:
-                raise UsageError(as_options(str(error))) from None
+    asked = [(name, perplexity) for name in normalisation.NORMALISATIONS for perplexity in perplexities]
+    found: list[View] = []
+    try:
+        with screen.counting("views", len(asked), 0, unit="views") as count:
+            for name, perplexity in asked:
+                stage = f"{name}-{perplexity!r}"
+                if not (kept := partial.load(stage)):
+                    kept = [_view(normalisation.fit(name, vectors)(vectors), name, perplexity, machine.memory_limit)]
+                    partial.save(stage, 0, kept[0])
+                found.append(View(name, perplexity, float(kept[0]["beta"][0]), kept[0]["scores"]))
+                count(1)
+    except ValueError as error:
+        raise UsageError(as_options(str(error))) from None
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"views: {len(found)} of {len(asked)} are done and kept; the same command goes on from there") from None
     return found
 
 
-def sensitivity(found: list[View]) -> Sensitivity:
+def _view(memories: np.ndarray, name: str, perplexity: float, memory_limit: int) -> dict[str, np.ndarray]:
+    """β, and what orders the samples."""
+    beta = temperature.Perplexity(perplexity, memory_limit=memory_limit).solve(memories)
+    own = np.arange(len(memories))
+    values = tiled.summarise(memories, memories, beta, ["energy", "log_odds"], own=own, memory_limit=memory_limit)
+    return {"scores": scores(values, name, "paper"), "beta": np.array([beta])}
+
+
+def sensitivity(found: list[View], inputs: dict[str, Any]) -> Sensitivity:
     """Compares every two views."""
     energies = np.stack([view.energies for view in found])
     spearman = np.array([[float(spearmanr(a, b).statistic) for b in energies] for a in energies])
     tenth = max(1, energies.shape[1] // 10)
     highest = [set(np.argsort(-row, kind="stable")[:tenth].tolist()) for row in energies]
     shared = np.array([[len(a & b) / tenth for b in highest] for a in highest])
-    return Sensitivity(found, spearman, shared)
+    return Sensitivity(found, spearman, shared, inputs)
 
 
 def table(found: Sensitivity, tasks: Tasks) -> Table:
@@ -112,10 +140,7 @@ def settings(found: Sensitivity, tasks: Tasks) -> dict[str, object]:
     return {
         "command": "sensitivity",
         "views": [f"{view.title}: β = {view.beta:.4g}" for view in found.views],
-        "read": tasks.read,
-        "task1": description(tasks.task1),
-        "device": jax.default_backend(),
-        "versions": versions(),
+        **found.inputs,
         "warnings": list(tasks.task1.warnings),
     }
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hopjax import buffer as policies
 from hopjax import temperature, tiled
 from hopjax.__main__ import main
 from hopjax.cli import app, figures, resume, table
@@ -164,6 +165,62 @@ def test_beta_is_looked_for_once(monkeypatch):
     monkeypatch.setattr(temperature.Perplexity, "solve", None)
     assert main(command) == 0
     assert table.read(Path("t.npz")).settings["beta"] == 12.5
+
+
+@pytest.mark.usefixtures("pixels")
+def test_finished_views_are_kept(monkeypatch, capsys):
+    command = ["sensitivity", "data.npz", "--perplexities", "3,8", "--out", "s.npz", "--page", "s.html"]
+    assert main(command) == 0
+    files = {name: Path(name).read_bytes() for name in ("s.npz", "s.html")}
+    assert table.read(Path("s.npz")).settings["precision"] == "float32"
+    solve, solved = temperature.Perplexity.solve, list[float]()
+
+    def counted(rule, memories):
+        if len(solved) == stop:
+            raise KeyboardInterrupt
+        solved.append(rule.target)
+        return solve(rule, memories)
+
+    monkeypatch.setattr(temperature.Perplexity, "solve", counted)
+    capsys.readouterr()
+    stop = 4
+    assert main(command) == 130
+    assert capsys.readouterr().err == "interrupted: views: 4 of 6 are done and kept; the same command goes on from there\n"
+    solved.clear()
+    stop = -1
+    assert main([*command, "--precision", "float64"]) == 0
+    assert len(solved) == 6
+    solved.clear()
+    assert main(command) == 0
+    assert solved == [3.0, 8.0]
+    assert {name: Path(name).read_bytes() for name in files} == files
+    assert not Path("s.html.partial").exists()
+
+
+@pytest.mark.usefixtures("pixels")
+def test_a_choice_is_kept_while_its_gains_are_computed(monkeypatch, capsys):
+    command = ["buffer", "data.npz", "--beta", "20", "--size", "5", "--policy", "coverage", "--out", "b.csv"]
+    assert main(command) == 0
+    whole = Path("b.csv").read_bytes()
+    capsys.readouterr()
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as cut:
+        cut.setattr(policies.GreedyCoverage, "choose", interrupted)
+        assert main(command) == 130
+    words = "interrupted: while choosing: the energies are done and kept; the same command goes on from there\n"
+    assert capsys.readouterr().err == words
+    with monkeypatch.context() as cut:
+        cut.setattr(policies, "buffer_gains", interrupted)
+        assert main(command) == 130
+    words = "interrupted: gains: the energies and the choice are done and kept; the same command goes on from there\n"
+    assert capsys.readouterr().err == words
+    monkeypatch.setattr(policies.GreedyCoverage, "choose", None)
+    assert main(command) == 0
+    assert Path("b.csv").read_bytes() == whole
+    assert not Path("b.csv.partial").exists()
 
 
 @pytest.mark.usefixtures("pixels")
