@@ -1,11 +1,13 @@
 """Which samples to replay, and what that saves: `python -m hopjax buffer`."""
 
+import math
 import sys
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
+from scipy.stats import t
 
 from hopjax import buffer as policies
 from hopjax.cli import energies, figures
@@ -28,6 +30,8 @@ WORDS: Mapping[str, str] = {
 }
 # Random buffers that the one chosen is compared with.
 SEEDS = 8
+# Probability with which a random buffer is called better or worse than chance.
+CHANCE = 0.003
 # Samples whose gain is computed, evenly spaced in the order of the energies.
 TARGETS = 5000
 BINS = 10
@@ -99,6 +103,16 @@ def choose(found: Survey, policy: str, size: int, seed: int, screen: Screen) -> 
             raise KeyboardInterrupt("while choosing: the energies are done and kept; the same command goes on from there") from None
 
 
+def kept(found: Survey, policy: str, size: int, seed: int, screen: Screen) -> np.ndarray:
+    """What `choose` chooses, or an earlier run chose."""
+    stage = f"rows-{policy}-{size}-{seed}"
+    if earlier := found.partial.load(stage):
+        return earlier[0]["rows"]
+    rows = choose(found, policy, size, seed, screen)
+    found.partial.save(stage, 0, {"rows": rows})
+    return rows
+
+
 def gains(found: Survey, rows: np.ndarray, seed: int, screen: Screen) -> Gains:
     """What the buffer and random ones save."""
     table, memories = found.table, found.landscape.memories
@@ -108,10 +122,13 @@ def gains(found: Survey, rows: np.ndarray, seed: int, screen: Screen) -> Gains:
     candidates = policies.Candidates(rows=memories)
     others = [policies.Random(seed + 1 + trial).choose(candidates, len(rows)) for trial in range(SEEDS)]
     values = []
-    with screen.counting("gains", 1 + SEEDS, 0, unit="pairs", each=len(rows) * len(targets)) as count:
-        for places in (rows, *others):
-            values.append(np.asarray(policies.buffer_gains(memories[targets], memories[places], log_sums, rises, found.landscape.beta)))
-            count(1)
+    try:
+        with screen.counting("gains", 1 + SEEDS, 0, unit="pairs", each=len(rows) * len(targets)) as count:
+            for places in (rows, *others):
+                values.append(np.asarray(policies.buffer_gains(memories[targets], memories[places], log_sums, rises, found.landscape.beta)))
+                count(1)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("gains: the energies and the choice are done and kept; the same command goes on from there") from None
     return Gains(targets, values[0], np.stack(values[1:]), rises)
 
 
@@ -132,12 +149,14 @@ def saved(table: Table, gained: Gains) -> str:
     """What the buffer is worth, in a line."""
     chosen, random = gained.saved()
     spread = random.std(ddof=1)
+    # A further random buffer differs from the mean of these by √(1 + 1/n) standard deviations, which are estimated: Student's t.
+    bound = float(t.ppf(1 - CHANCE / 2, len(random) - 1)) * spread * math.sqrt(1 + 1 / len(random))
     rise = "ΔE under Task 2" if "energy_change" in table else "predicted rise of the energies under a small rotation"
-    verdict = (
-        "better than" if chosen > random.mean() + 3 * spread else "worse than" if chosen < random.mean() - 3 * spread else "no better than"
-    )
+    gap = chosen - random.mean()
+    verdict = "better than" if gap > bound else "worse than" if gap < -bound else "no better than"
     return (
-        f"this buffer saves {chosen:.2%} of the {rise}, random ones of its size {random.mean():.2%} ± {spread:.2%}: it is {verdict} chance"
+        f"this buffer saves {chosen:.2%} of the {rise}, random ones of its size {random.mean():.2%} ± {spread:.2%}: it is {verdict} chance "
+        f"(a random one is more than {bound:.2%} away with probability {CHANCE})"
     )
 
 

@@ -538,7 +538,7 @@ def test_buffers_are_those_of_the_policies(policy, monkeypatch):
 def test_what_a_buffer_saves_is_what_it_says(task2, column, capsys):
     run("buffer", "data.npz", "--beta", "40", *task2, "--size", "6", "--policy", "coverage", "--out", "b.npz")
     line = capsys.readouterr().out.splitlines()[1]
-    chosen, random, spread = (float(number) / 100 for number in re.findall(r"([\d.]+)%", line))
+    chosen, random, spread, bound = (float(number) / 100 for number in re.findall(r"([\d.]+)%", line))
     whole = energies("--beta", "40", *task2)
     x = unit(vectors())
     log_sums = logsumexp(40 * x @ x.T, axis=1)
@@ -553,7 +553,30 @@ def test_what_a_buffer_saves_is_what_it_says(task2, column, capsys):
     assert chosen == pytest.approx(saved(table.read(Path("b.npz"))["index"]), abs=1e-4)
     assert random == pytest.approx(np.mean(others), abs=1e-4)
     assert spread == pytest.approx(np.std(others, ddof=1), abs=1e-4)
-    assert ("it is better than chance" in line) == (chosen > random + 3 * spread)
+    # With seven degrees of freedom 0.15% of Student's distribution lie above 4.4421; tables give 4.207 for 0.2% and 4.785 for 0.1%.
+    assert bound == pytest.approx(4.442125 * (1 + 1 / 8) ** 0.5 * np.std(others, ddof=1), abs=1e-4)
+    assert ("it is better than chance" in line) == (chosen > random + bound)
+    assert line.endswith("away with probability 0.003)")
+
+
+def test_random_buffers_are_no_better_than_chance():
+    random = np.random.default_rng(0)
+    draws = random.normal(size=(20_000, 9))
+    said = []
+    for chosen, *others in draws:
+        gained = replay.Gains(np.arange(1), np.array([chosen]), np.array(others)[:, None], np.ones(1))
+        said.append("no better than" not in replay.saved(table.Table({"rise": np.ones(1)}, {}), gained))
+    # Three standard errors of a binomial proportion; three standard deviations of eight would be exceeded in 2.6%.
+    assert abs(np.mean(said) - 0.003) < 3 * (0.003 / 20_000) ** 0.5
+
+
+def test_without_labels_a_buffer_has_no_classes():
+    np.save("rows.npy", np.random.default_rng(7).integers(1, 256, (20, 3, 3, 1), dtype=np.uint8))
+    run("buffer", "rows.npy", "--beta", "20", "--size", "4", "--policy", "lowest", "--out", "b.csv")
+    run("buffer", "data.npz", "--beta", "20", "--size", "4", "--policy", "lowest", "--out", "c.csv")
+    said = [Path(file).read_text(encoding="utf-8").partition("<h1>")[2].partition("<details>")[0] for file in ("b.html", "c.html")]
+    assert ["share of each class" in text.lower() for text in said] == [False, True]
+    assert not re.search("class(?!=)", said[0])
 
 
 def test_the_smallest_data():
