@@ -25,14 +25,11 @@ OPTIONS = (
 
 def write(folder: str) -> None:
     """A pipeline of the published shapes with random parameters; its text encoder knows the words of a tokenizer of bytes."""
-    from diffusion.stable.autoencoder import PUBLISHED as AUTOENCODER
-    from diffusion.stable.config import UNet2DConditionConfig
     from diffusion.stable.miniature import SMALL_PIPELINE, Miniature
-    from diffusion.stable.text_encoder import CLIPTextConfig
+    from diffusion.stable.v1 import AUTOENCODER, TEXT, UNET
 
     few = {name: getattr(SMALL_PIPELINE.text, name) for name in ("vocab_size", "bos_token_id", "eos_token_id")}
-    text = CLIPTextConfig(hidden_size=768, intermediate_size=3072, projection_dim=768, num_attention_heads=12)
-    Miniature(AUTOENCODER, UNet2DConditionConfig(), dataclasses.replace(text, **few)).untrained().save_folder(folder)
+    Miniature(AUTOENCODER, UNET, dataclasses.replace(TEXT, **few)).untrained().save_folder(folder)
 
 
 def _imitation(folder: Path) -> None:

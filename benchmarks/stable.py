@@ -27,10 +27,10 @@ from diffusion import backend
 from diffusion.optimiser import Adafactor
 from diffusion.stable.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from diffusion.stable.config import UNet2DConditionConfig
-from diffusion.stable.published import AUTOENCODER, TEXT, UNET
 from diffusion.stable.text_encoder import WEIGHTS as TEXT_WEIGHTS
 from diffusion.stable.text_encoder import CLIPTextConfig, TextEncoder
 from diffusion.stable.unet import UNet2DCondition
+from diffusion.stable.v1 import AUTOENCODER, TEXT, UNET
 from diffusion.unet import parameter_count
 from diffusion.weights import WEIGHTS, read_network, write_network
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from diffusion.layers import GroupNorm, initialise
 from diffusion.stable.autoencoder import AutoencoderKL, AutoencoderKLConfig, DiagonalGaussian
-from diffusion.stable.published import AUTOENCODER
+from diffusion.stable.v1 import AUTOENCODER
 from diffusion.unet import parameter_count
 from diffusion.weights import WEIGHTS, read_tensors, write_tensors
 from tests.compiled import quickly

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from diffusion.layers import initialise
 from diffusion.stable.autoencoder import AutoencoderKL
-from diffusion.stable.published import AUTOENCODER
+from diffusion.stable.v1 import AUTOENCODER
 from diffusion.unet import parameter_count
 from diffusion.weights import CONFIG, WEIGHTS, write_json, write_tensors
 

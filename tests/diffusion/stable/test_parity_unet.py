@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 from diffusion.stable.config import UNet2DConditionConfig
-from diffusion.stable.published import UNET
 from diffusion.stable.unet import UNet2DCondition
+from diffusion.stable.v1 import UNET
 from diffusion.unet import parameter_count
 from diffusion.weights import read_network
 

@@ -16,8 +16,8 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from diffusion.stable.published import TEXT
 from diffusion.stable.text_encoder import IGNORED, WEIGHTS, CLIPTextConfig, TextEncoder, TextEncoding, encode_texts, read_text_encoder
+from diffusion.stable.v1 import TEXT
 from diffusion.unet import parameter_count
 from diffusion.weights import CONFIG, tensor_shapes, write_network
 

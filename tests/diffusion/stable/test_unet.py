@@ -17,9 +17,9 @@ from safetensors.numpy import load_file
 
 from diffusion.layers import Attention, GroupNorm, LayerNorm, Upsample, initialise
 from diffusion.stable.config import UNet2DConditionConfig
-from diffusion.stable.published import UNET
 from diffusion.stable.transformer import GEGLU
 from diffusion.stable.unet import UNet2DCondition
+from diffusion.stable.v1 import UNET
 from diffusion.unet import parameter_count
 from diffusion.weights import CONFIG, WEIGHTS, read_network, tensor_shapes, write_tensors
 from tests.compiled import quickly
