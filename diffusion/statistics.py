@@ -80,6 +80,7 @@ class Sampled:
     freedom: float = math.inf
     """Degrees of freedom of that variance."""
     note: str = ""
+    """As that of `Estimate`."""
 
     def __sub__(self, other: "Sampled") -> "Sampled":
         """The difference of two numbers of the same samples."""
@@ -95,11 +96,15 @@ class Sampled:
 
 
 def mean_of(values: Real[np.ndarray, " n"], group: Bool[np.ndarray, " n"] | None = None) -> Sampled:
-    """The mean of the values, or of those of a group of two samples or more, which the others then do not touch."""
-    (values,) = _columns(2, values=values)
+    """The mean of the values, or of those of a group, to which the others add nothing.
+
+    Raises: ValueError for fewer than two values, and for values that are not finite.
+    """
     group = np.ones(len(values), np.bool_) if group is None else group
-    count, mean = int(group.sum()), float(values[group].mean())
-    return Sampled(mean, np.where(group, values - mean, 0.0) / math.sqrt(count * (count - 1)), float(count - 1))
+    (own,) = _columns(2, values=values[group])
+    count, mean, parts = len(own), float(own.mean()), np.zeros(len(values))
+    parts[group] = (own - mean) / math.sqrt(count * (count - 1))
+    return Sampled(mean, parts, float(count - 1))
 
 
 def across_seeds(seeds: Sequence[Sampled], *, level: float = LEVEL) -> Estimate:

@@ -514,6 +514,7 @@ ten = np.arange(10.0)
         (lambda: bin_means(ten, ten[:9], 2), "energy has 9 samples, values has 10: give both"),
         (lambda: groups(ten, 0.6), "fraction=0.6 .* at most 0.5"),
         (lambda: groups(np.ones(10)), "share the value 1: use a smaller"),
+        (lambda: mean_of(ten, ten < 1), r"values has shape \(1,\): need .* at least 2"),
         (lambda: across_seeds([]), "seeds have no samples: give the same"),
         (lambda: across_seeds([mean_of(ten), mean_of(ten[1:])]), "seeds have 10, 9 samples: give the same"),
         (lambda: across_seeds(numbers([1.0, np.nan])), "values of sample 1 is nan"),
