@@ -8,9 +8,11 @@ are learned and with them the difference itself: a second condition, n ≫ d/β�
 
 With more memories than there are, learned ones share a true one. Weights are tied to norms, so that sharing shortens them: by 2β⁻¹ log 2
 of the squared norm for two equal halves, 17 % at β = 8, against the 3 to 5 % to be seen. The ordering is then a matter of which are shared.
+
+The check takes part of a grid that `survey` measures in full, 10² … 10⁶ samples in 8 … 512 dimensions: see docs/learned-ordering.md.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,13 +25,15 @@ from numpy.typing import NDArray
 import hopjax
 from hopjax import boltzmann, cluster, gaps
 from theory_checks.claim import QUICK_COMPILE, Finding, Measurement, Setting, claim
-from theory_checks.figures import CLUSTER, NEUTRAL, OUTLIER
+from theory_checks.figures import CLUSTER, NEUTRAL, OTHER, OUTLIER
 from theory_checks.learned_memories import MODEL
 
 RUNS = 16
-SIZES, DIMS = (1000, 10_000), (8, 128)
+SIZES, DIMS = (100, 1000, 10_000), (8, 128, 512)
 TRUE = MODEL.members + 1
-COUNTS = (TRUE - 1, TRUE, TRUE + 1, 2 * TRUE)  # memories learned, at the last of `SIZES` and the first of `DIMS`
+COUNTS = (TRUE - 1, TRUE, TRUE + 1, 2 * TRUE)  # memories learned, in the first of `DIMS`
+COUNTED = SIZES[1:]  # from so many samples
+FULL_SIZES, FULL_DIMS = (100, 1000, 10_000, 100_000, 1_000_000), (8, 32, 128, 512)
 
 
 class Survival(NamedTuple):
@@ -75,6 +79,22 @@ def survival(key: jax.Array, samples: int, dim: int, count: int = TRUE, runs: in
     return Survival(outlier - members.mean(axis=1), outlier > members.max(axis=1))
 
 
+def _key(setting: Setting, samples: int, dim: int) -> jax.Array:
+    return jax.random.fold_in(setting.key("learned-ordering"), 1000 * dim + samples)
+
+
+def survey(setting: Setting) -> Iterator[str]:
+    """The whole grid, a line of a Markdown table for each number of samples, dimension and number of memories; it takes half an hour."""
+    yield f"| samples | d | memories | difference | deviation of a run | predicted | runs of {RUNS}: above the mean | above every member |"
+    yield "|" + "---:|" * 8
+    for samples in FULL_SIZES:
+        for dim in FULL_DIMS:
+            for count in COUNTS if dim == FULL_DIMS[0] else (TRUE,):
+                run = survival(_key(setting, samples, dim), samples, dim, count)
+                seen = f"{run.gap.mean():.4f} | {run.gap.std(ddof=1):.4f} | {predicted_deviation(samples):.4f}"
+                yield f"| {samples:,} | {dim} | {count} | {seen} | {np.sum(run.gap > 0)} | {np.sum(run.above_all)} |"
+
+
 def predicted_deviation(samples: int) -> float:
     """Standard deviation of `Survival.gap` by the information about lengths alone."""
     share = 1 / (MODEL.members + 1)
@@ -86,15 +106,19 @@ def _draw(series: Mapping[str, Mapping[str, Any]], figure: Any) -> None:
     (values,) = series.values()
     figure.set_size_inches(9, 3.8)
     left, right = figure.subplots(1, 2, sharey=True)
-    for (dim, line), colour in zip(values["dims"].items(), (CLUSTER, OUTLIER), strict=True):
+    for (dim, line), colour in zip(values["dims"].items(), (CLUSTER, OUTLIER, OTHER), strict=True):
         left.errorbar(line["samples"], line["gap"], yerr=line["deviation"], fmt="o-", capsize=4, color=colour, label=f"d = {dim}")
         left.axhline(line["exact"], color=colour, linewidth=0.8, linestyle="--")
     left.set(xscale="log", xlabel="samples", ylabel="(S_o − S_c)/(d − 1), learned", title="estimation noise")
     left.legend()
-    for place, runs in enumerate(values["counts"].values()):
-        right.plot(place + np.linspace(-0.25, 0.25, len(runs)), sorted(runs), "o", markersize=3.5, color=CLUSTER)
+    for place, sizes in enumerate(values["counts"].values()):
+        for (size, runs), shift, face in zip(sizes.items(), (-0.2, 0.2), ("none", CLUSTER), strict=True):
+            label = f"{int(size):,} samples" if place == 0 else None
+            places = place + shift + np.linspace(-0.15, 0.15, len(runs))
+            right.plot(places, sorted(runs), "o", markersize=3.5, color=CLUSTER, markerfacecolor=face, label=label)
     right.axhline(values["dims"][str(DIMS[0])]["exact"], color=CLUSTER, linewidth=0.8, linestyle="--")
-    right.set(xticks=range(len(COUNTS)), xticklabels=values["counts"], xlabel="memories learned", title=f"each run, {SIZES[-1]:,} samples")
+    right.set(xticks=range(len(COUNTS)), xticklabels=values["counts"], xlabel="memories learned", title="each run")
+    right.legend()
     for axes in (left, right):
         axes.axhline(0, color=NEUTRAL, linewidth=0.8)
 
@@ -110,13 +134,9 @@ def _draw(series: Mapping[str, Mapping[str, Any]], figure: Any) -> None:
 def learned_ordering(setting: Setting) -> Finding:
     measurements, notes = [], []
     dims: dict[str, dict[str, Any]] = {}
-
-    def key(dim: int, samples: int) -> jax.Array:
-        return jax.random.fold_in(setting.key("learned-ordering"), 1000 * dim + samples)
-
     for dim in DIMS:
         exact = float(gaps.sharpnesses(float(MODEL.members), MODEL.cosine, MODEL.beta, float(dim)).gap) / (dim - 1)
-        runs = [survival(key(dim, n), n, dim) for n in SIZES]
+        runs = [survival(_key(setting, n, dim), n, dim) for n in SIZES]
         deviations = [float(run.gap.std(ddof=1)) for run in runs]
         dims[str(dim)] = {"samples": SIZES, "gap": [float(run.gap.mean()) for run in runs], "deviation": deviations, "exact": exact}
         broken = int(np.sum(runs[-1].gap <= 0))
@@ -129,8 +149,12 @@ def learned_ordering(setting: Setting) -> Finding:
         needed = (5 * predicted_deviation(1) / exact) ** 2
         alive = ", ".join(f"{np.mean(run.above_all):.2f} at n = {n:,}" for n, run in zip(SIZES, runs, strict=True))
         notes.append(f"d = {dim}: five deviations take {needed:,.0f} samples; above every member in {alive}")
-        if dim == DIMS[0]:
-            counts = {count: survival(key(dim, SIZES[-1]), SIZES[-1], dim, count) if count != TRUE else runs[-1] for count in COUNTS}
-    alive = ", ".join(f"{np.mean(run.gap > 0):.2f} ({np.mean(run.above_all):.2f}) with {count}" for count, run in counts.items())
-    notes.append(f"share of runs in which it is above the mean member (every member), of memories learned: {alive}")
-    return Finding(measurements, {"dims": dims, "counts": {count: run.gap for count, run in counts.items()}}, note=f"{'; '.join(notes)}.")
+    counts: dict[int, dict[int, Any]] = {count: {} for count in COUNTS}
+    for n in COUNTED:
+        shares = []
+        for count in COUNTS:
+            run = survival(_key(setting, n, DIMS[0]), n, DIMS[0], count)
+            counts[count][n] = run.gap
+            shares.append(f"{np.mean(run.gap > 0):.2f} ({np.mean(run.above_all):.2f}) with {count}")
+        notes.append(f"share of runs above the mean member (every member), of memories learned, n = {n:,}: {', '.join(shares)}")
+    return Finding(measurements, {"dims": dims, "counts": counts}, note=f"{'; '.join(notes)}.")
