@@ -88,7 +88,7 @@ class Experiment(Generic[Model]):
         latents: a survey of the latents of the first task, whose energies are listed beside those of the images; None for none. All that
             is chosen is chosen by the images'.
 
-    Raises: ValueError for one task, and for a buffer that a task cannot fill.
+    Raises: ValueError for one task, for a buffer that a task cannot fill, and for timesteps that the learner's schedule has not.
     """
 
     def __init__(
@@ -107,13 +107,14 @@ class Experiment(Generic[Model]):
         for number, task in enumerate(tasks[:-1], 1):
             if plan.buffer > len(task):
                 raise ValueError(f"buffer = {plan.buffer} is out of range: Task {number} has {len(task)} samples")
+        plan.check(learner.schedule.timesteps)
         self.stages = Stages(folder / "stages")
         self.tasks, self.learner, self.plan, self.surveys, self.choose = tuple(tasks), learner, plan, tuple(surveys), choose
         self.latents = latents
 
     def measured_rows(self, count: int | None = None) -> Int64[np.ndarray, " k"]:
         """Samples equally spaced in the order of energies, both ends among them, in the order of the data."""
-        order = np.argsort(_odds(self.surveys[0]), kind="stable")
+        order = np.argsort(odds(self.surveys[0]), kind="stable")
         count = self.plan.samples if count is None else count
         count = len(order) if count is None else min(count, len(order))
         return np.sort(order[_spaced(len(order), count)])
@@ -287,8 +288,8 @@ class Experiment(Generic[Model]):
             found[f"energy@{beta:g}"] = self.stages.get("energy", inputs | {"beta": beta}, at)["energy"].astype(np.float64)
         if self.latents is not None:
             found["energy.latent"] = self.latents.table["energy"][rows].astype(np.float64)
-            found["odds.latent"] = _odds(self.latents)[rows]
-        return found | {"odds": _odds(survey)[rows], "png_bytes": png_bytes(pixels), "total_variation": total_variation(pixels)}
+            found["odds.latent"] = odds(self.latents)[rows]
+        return found | {"odds": odds(survey)[rows], "png_bytes": png_bytes(pixels), "total_variation": total_variation(pixels)}
 
     def _of_lesson(self, lesson: Lesson, seed: int, rows: Int64[np.ndarray, " k"], watch: Watch) -> Columns:
         """Errors of Task 1's samples."""
@@ -324,7 +325,7 @@ class Experiment(Generic[Model]):
         found: Columns = {}
         if how is None or lesson.policy not in (BEFORE, *how.policies):
             return found
-        order = np.argsort(_odds(self.surveys[0])[rows], kind="stable")
+        order = np.argsort(odds(self.surveys[0])[rows], kind="stable")
         chosen = np.sort(order[_spaced(len(order), min(how.samples, len(order)))])
         images = self.tasks[0].take(rows[chosen])
         for measure in how.measures:
@@ -341,7 +342,8 @@ class Experiment(Generic[Model]):
         return found
 
 
-def _odds(survey: Survey) -> Float[np.ndarray, " n"]:
+def odds(survey: Survey) -> Float[np.ndarray, " n"]:
+    """Log odds of the others against each sample: they fall as its energy rises."""
     return survey.table["log_leakage"].astype(np.float64) - survey.table["log_self_weight"]
 
 

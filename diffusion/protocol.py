@@ -122,7 +122,19 @@ class Plan:
                 raise ValueError(f"betas = {beta} is out of range: need 0 < β < ∞")
         for policy in () if self.densities is None else self.densities.policies:
             if policy not in self.policies:
-                raise ValueError(f"densities.policies = {policy!r} is not among policies = {', '.join(self.policies)}")
+                raise ValueError(f"densities.policies = {policy!r} is not among the policies {', '.join(self.policies)}")
+
+    def check(self, timesteps: int) -> None:
+        """Refuse what a schedule of so many timesteps has not.
+
+        Raises: ValueError naming the timestep, the bound and another.
+        """
+        for timestep in self.timesteps:
+            if not 0 < timestep < timesteps:
+                raise ValueError(f"timesteps = {timestep} is out of range: need 0 < timestep < {timesteps}; take {timesteps // 2}")
+        at = 0 if self.densities is None else self.densities.timestep
+        if at >= timesteps - 1:
+            raise ValueError(f"densities.timestep = {at} is out of range: need 0 ≤ timestep < {timesteps - 1}; take {3 * timesteps // 10}")
 
     def to_json(self) -> dict[str, Any]:
         """Plain."""

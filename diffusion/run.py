@@ -350,7 +350,9 @@ def read_again(told: Mapping[str, Any]) -> Images:
 
     Raises: UsageError if its data cannot be read any more.
     """
-    choice, reading = ({field.name: told[field.name] for field in dataclasses.fields(kind) if field.name in told} for kind in (Choice, Reading))
+    choice, reading = (
+        {field.name: told[field.name] for field in dataclasses.fields(kind) if field.name in told} for kind in (Choice, Reading)
+    )
     if isinstance(reading.get("size"), list):
         reading["size"] = tuple(reading["size"])
     return load(told["data"], Choice(**choice), Reading(**reading)).task1

@@ -226,7 +226,7 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = 
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             lines += difference(old, new, f"{prefix}{name}.")
         elif old != new:
-            lines.append(f"{prefix}{name}: {json.dumps(old)}, now {json.dumps(new)}")
+            lines.append(f"{prefix}{name}: {json.dumps(old, ensure_ascii=False)}, now {json.dumps(new, ensure_ascii=False)}")
     return lines
 
 

@@ -2,9 +2,10 @@
 
 from cyclopts import App
 
-from diffusion.cli.experiment import report, run, trial_table
+from diffusion.cli.experiment import run, trial_table
 from diffusion.cli.measure import judge, likelihood, reconstruct
 from diffusion.cli.models import export, import_, sample
+from diffusion.cli.report import report
 from diffusion.cli.stable import train_vae
 from diffusion.cli.train import preset_table, presets, train
 

@@ -1,11 +1,10 @@
-"""`run` and `report`: the continual-learning experiment on two tasks, and its page."""
+"""`run`: the continual-learning experiment on two tasks or more."""
 
 import dataclasses
 import io
 import json
 import math
 import tempfile
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -15,11 +14,12 @@ from cyclopts import Parameter
 
 from diffusion.cli.learning import Learning
 from diffusion.cli.options import Device, configure, explained
+from diffusion.cli.report import BINS, EXPERIMENT, GENERATED, SHEETS, TABLE, TASKS, draw
 from diffusion.cli.stable import made
 from diffusion.cli.watching import interruption, watching
 from diffusion.layout import Layout
 from diffusion.run import Rhythm
-from diffusion.settings import Settings
+from diffusion.settings import Settings, difference
 from diffusion.trials import TRIALS, Trial
 from hopjax.cli.options import BufferSize, Choice, Machine, Model, Reading, Temperature, UsageError, need
 from hopjax.cli.output import check_writable, write
@@ -29,13 +29,10 @@ if TYPE_CHECKING:
     from diffusion.pipeline import Model as Base
     from diffusion.protocol import Plan
     from diffusion.stable.pipeline import StableDiffusion
-    from hopjax.cli.table import Table
     from hopjax.data import Images
 
 Number = TypeVar("Number", int, float)
-TABLE, TASKS, GENERATED, SHEETS = "samples.parquet", "tasks.parquet", "generated.parquet", "generated.npz"
-FINDINGS, PAGE, ENERGIES = "findings.json", "report.html", "energies.parquet"
-PIPELINE, LATENTS, LATENT_ENERGIES = "pipeline", "latents", "energies-latent.parquet"
+ENERGIES, PIPELINE, LATENTS, LATENT_ENERGIES = "energies.parquet", "pipeline", "latents", "energies-latent.parquet"
 
 
 @Parameter(name="*", group="Changes of log density")
@@ -64,19 +61,20 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(","))
 
 
-def _numbers(option: str, text: str, kind: Callable[[str], Number] = int) -> tuple[Number, ...]:
+def _numbers(option: str, text: str, example: str, kind: Callable[[str], Number] = int) -> tuple[Number, ...]:
     try:
         return tuple(kind(part) for part in text.split(","))
     except ValueError:
         what = "whole numbers" if kind is int else "numbers"
-        raise UsageError(f"{option} {text} is no list of {what}: give some, such as {option} 0,1,2") from None
+        raise UsageError(f"{option} {text} is no list of {what}: give some, such as {option} {example}") from None
 
 
 def trial_table() -> str:
     """The presets of `run`, for --help."""
     return "\n".join(
         f"    {name}: {trial.about}; {trial.first.length.steps:,} steps of Task 1, {trial.later.length.steps:,} of Task 2, "
-        f"{trial.samples:,} samples reconstructed, log densities of {trial.densities}"
+        f"a buffer of {'10%' if trial.buffer is None else f'{trial.buffer:,}'}, {'all' if trial.samples is None else f'{trial.samples:,}'} "
+        f"samples reconstructed from {', '.join(map(str, trial.timesteps))}, log densities of {trial.densities}"
         for name, trial in TRIALS.items()
     )
 
@@ -101,12 +99,12 @@ def run(
     policies: Annotated[
         str, Parameter(help="Ways of learning Task 2: none, high, random, low, stratified, coverage, generative, ewc, joint, continued.")
     ] = "none,high,random,low,coverage",
-    buffer: Annotated[BufferSize | None, Parameter(help="Samples of Task 1 that are replayed (default: 10%).")] = None,
+    buffer: Annotated[BufferSize | None, Parameter(help="Samples of Task 1 that are replayed (default: the preset's).")] = None,
     seeds: Annotated[str, Parameter(help="Seeds of learning, each an experiment of its own.")] = "0",
     samples: Annotated[
         int | None, Parameter(help="Samples of Task 1 that are reconstructed, spread over the energies (default: the preset's).")
     ] = None,
-    timesteps: Annotated[str, Parameter(help="Of reconstruction; the first is the main one.")] = "500",
+    timesteps: Annotated[str | None, Parameter(help="Of reconstruction; the first is the main one (default: the preset's).")] = None,
     draws: Annotated[int, Parameter(help="Of the noise, for each sample.")] = 2,
     generated: Annotated[int, Parameter(help="Samples that each model generates, for a classifier to see; 0 for none.")] = 200,
     betas: Annotated[str | None, Parameter(help="Further inverse temperatures whose energies are listed, A,B,… (default: none).")] = None,
@@ -152,8 +150,8 @@ def run(
     if not dry_run:
         check_writable("--out", out / TABLE)
     samples = trial.samples if samples is None else samples
-    for option, value in (("--draws", draws), ("--samples", samples)):
-        need(value >= 1, option, value, f"{option.removeprefix('--')} ≥ 1", 2)
+    need(draws >= 1, "--draws", draws, "draws ≥ 1", 2)
+    need(samples is None or samples >= 2 * BINS, "--samples", samples, f"samples ≥ {2 * BINS}, two for each bin of the report", 500)
     need(strength is None or 0 <= strength < math.inf, "--strength", strength, "0 ≤ strength < ∞", 300)
     need(tasks >= 2, "--tasks", tasks, "tasks ≥ 2", 2)
     if tasks > 2 and choice.rotate is None:
@@ -161,14 +159,14 @@ def run(
     configure(device)
     screen = Screen()
     from diffusion.consolidation import STRENGTH
-    from diffusion.continual import Experiment
+    from diffusion.continual import Experiment, odds
     from diffusion.learner import UNetLearner, Unfinished
     from diffusion.protocol import Plan
     from diffusion.run import Task, config_of
     from hopjax.cli import table
     from hopjax.cli.buffer import choose
     from hopjax.cli.survey import Survey, survey
-    from hopjax.cli.tasks import Tasks, load
+    from hopjax.cli.tasks import Tasks, description, load
     from hopjax.data import rotated
 
     with explained():
@@ -177,25 +175,37 @@ def run(
         if read.task2 is None:
             raise UsageError("there is no Task 2: give --rotate, --task2 or --task2-classes")
         lessons = [read.task1, read.task2, *(rotated(read.task1, number * (choice.rotate or 0)) for number in range(2, tasks))]
-        size = buffer.of(len(read.task1)) if buffer else max(1, round(len(read.task1) / 10))
+        whole = len(read.task1)
+        if whole < 2 * BINS:
+            raise UsageError(f"{read.task1.source}: Task 1 has {whole} samples, need at least {2 * BINS}, two for each bin of the report")
+        size = buffer.of(whole) if buffer else trial.buffer or max(1, round(whole / 10))
+        need(size <= whole, "--buffer", size, f"1 ≤ buffer ≤ {whole}, the number of samples", "10%")
         plan = Plan(
             _names(policies),
             size,
-            _numbers("--seeds", seeds),
+            _numbers("--seeds", seeds, "0,1,2"),
             samples,
-            _numbers("--timesteps", timesteps),
+            trial.timesteps if timesteps is None else _numbers("--timesteps", timesteps, "500 or --timesteps 500,100"),
             draws,
             generated=generated,
-            betas=() if betas is None else _numbers("--betas", betas, float),
+            betas=() if betas is None else _numbers("--betas", betas, "10,30", float),
             densities=density.plan(trial.densities),
         )
+        plan.check(trial.first.noise.timesteps)
         first, later = learning.first(trial.first, layout), learning.later(trial.later, layout)
         if dry_run:
             return _dry_run(trial, weights, class_prompt, lessons, plan, first, later, screen)
+        contents = {
+            f"task{number}": {"source": task.source, "samples": len(task), "sha256": description(task)["sha256"][:16]}
+            for number, task in enumerate(lessons, 1)
+        }
+        energies = {"temperature": dataclasses.asdict(temperature), "memories": dataclasses.asdict(model)}
+        _hold(out, {"tasks": contents, "buffer": size, **energies})
         with interruption() as stop:
             base = _base(trial, weights, class_prompt, out, lessons, screen, stop)
         if base is not None:
             config_of(Task(lessons[0], start=base), first)  # what does not fit is said before anything is computed
+            _hold(out, {"start": base.fingerprint()})
 
         def surveyed(number: int) -> Survey:
             file = out / (ENERGIES if number == 1 else f"energies-{number}.parquet")
@@ -223,20 +233,48 @@ def run(
             def rows(found: Survey, policy: str, size: int, seed: int) -> np.ndarray:
                 return choose(found, policy, size, seed, screen)
 
+            experiment = Experiment(out, lessons, learner, plan, surveys, rows, latents=latents)
+            _check_bins(-odds(surveys[0])[experiment.measured_rows()])
             try:
-                measured = Experiment(out, lessons, learner, plan, surveys, rows, latents=latents).run(stages(screen, stop))
+                measured = experiment.run(stages(screen, stop))
             except Unfinished as unfinished:
                 raise KeyboardInterrupt(f"{unfinished}; the same command goes on from there") from None
-    settings = {"learning": {"first": first.to_json(), "later": later.to_json()}}
-    for name, found in ((TABLE, measured.samples), (TASKS, measured.tasks), (GENERATED, measured.generated)):
-        if found is not None:
-            table.write(out / name, table.Table(found.columns, {**found.settings, **settings}))
-    sheets = io.BytesIO()
-    np.savez_compressed(sheets, **measured.sheets)  # type: ignore[arg-type]
-    write(out / SHEETS, sheets.getvalue())
-    for each in surveys if latents is None else [*surveys, latents]:
-        each.partial.discard()
-    return _report(out, read.task1, screen)
+        settings = {"learning": {"first": first.to_json(), "later": later.to_json()}}
+        for name, found in ((TABLE, measured.samples), (TASKS, measured.tasks), (GENERATED, measured.generated)):
+            if found is not None:
+                table.write(out / name, table.Table(found.columns, {**found.settings, **settings}))
+        sheets = io.BytesIO()
+        np.savez_compressed(sheets, **measured.sheets)  # type: ignore[arg-type]
+        write(out / SHEETS, sheets.getvalue())
+        for each in surveys if latents is None else [*surveys, latents]:
+            each.partial.discard()
+        return draw(out, read.task1, screen)
+
+
+def _hold(out: Path, known: dict[str, Any]) -> None:
+    """Write down what is kept in an experiment's folder depends on, besides how models learn; refuse a folder that holds another's."""
+    file = out / EXPERIMENT
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        before, now = {**known, **found}, {**found, **known}
+        changed = difference(before, now)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UsageError(f"{file} was not written by this version: name another folder") from error
+    if changed:
+        raise UsageError(f"{out} holds an experiment with other settings: {'; '.join(changed)}. Give the same, or name another folder")
+    write(file, (json.dumps(now, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def _check_bins(energy: np.ndarray) -> None:
+    """Refuse, before anything is learnt, samples that the report's bins cannot hold."""
+    from diffusion.statistics import bin_of, groups
+
+    try:
+        groups(energy)
+        fewest = np.bincount(bin_of(energy, BINS), minlength=BINS).min()
+    except ValueError as error:
+        raise UsageError(f"energies do not tell the samples apart: {error}; take another temperature, such as --perplexity 30") from error
+    need(bool(fewest >= 2), "--samples", len(energy), f"two samples or more in each of the report's {BINS} bins of energy", 500)
 
 
 def stages(screen: Screen, stop: Callable[[], bool]) -> Any:
@@ -367,69 +405,3 @@ def _plan(
     if timed:
         screen.say(f"in all: about {duration(steps * found.step_seconds + sum(evaluations.values()) * seconds)}")
     return 0
-
-
-def report(
-    folder: Annotated[Path, Parameter(help="Of an experiment that `run` has finished.")],
-    /,
-    *,
-    images: Annotated[bool, Parameter(help="Show images of Task 1, for which its data are read again.")] = True,
-) -> int:
-    """Draw the page of an experiment again, from its table alone; no model is needed.
-
-    Example:
-
-        python -m diffusion report results/continual-quick
-    """
-    from hopjax.cli.tasks import load
-
-    screen = Screen()
-    samples = _samples(folder)
-    task1 = None
-    with explained():
-        if images:
-            read = samples.settings["read"]
-            size = tuple(read["size"]) if isinstance(read["size"], list) else read["size"]
-            choice = Choice(read["classes"], read["task2"], read["task2_classes"], read["rotate"])
-            task1 = load(read["data"], choice, Reading(read["split"], size, read["grey"], read["limit"], read["skip_bad"])).task1
-        return _report(folder, task1, screen)
-
-
-def _samples(folder: Path) -> "Table":
-    """The table of samples that `run` wrote."""
-    from hopjax.cli import table
-
-    found = table.read(folder / TABLE)
-    plan = found.settings.get("plan", {})
-    columns = {f"before@{timestep}" for timestep in plan.get("timesteps", ())}
-    if not columns or not columns <= set(found.columns) or not {"read", "accept", "required"} <= set(found.settings):
-        raise UsageError(f"{folder / TABLE} was not written by this version of `run`: run the experiment again, in another folder")
-    return found
-
-
-def _report(folder: Path, task1: Any, screen: Screen) -> int:
-    from diffusion.findings import findings
-    from diffusion.report import page
-    from hopjax.cli import table
-
-    samples = _samples(folder)
-    tasks, generated = (table.read(folder / name) if (folder / name).exists() else None for name in (TASKS, GENERATED))
-    with screen.working("drawing"):
-        found = findings(samples, tasks=tasks, generated=generated)
-        write(folder / FINDINGS, (json.dumps(found, indent=1, allow_nan=False) + "\n").encode())
-        write(folder / PAGE, page(samples, found, task1, _sheets(folder / SHEETS)))
-    main = found["timesteps"][str(samples.settings["plan"]["timesteps"][0])]
-    for row in main["verdicts"]:
-        screen.say(f"{ {True: 'holds', False: 'fails', None: 'open'}[row['holds']]:>5}  {row['claim']}")
-    for line in (f"table: {folder / TABLE}", f"findings: {folder / FINDINGS}", f"page: {folder / PAGE}"):
-        screen.say(line)
-    return 0
-
-
-def _sheets(file: Path) -> dict[str, np.ndarray]:
-    """Generated images, if there are any that can be read."""
-    try:
-        with file.open("rb") as stored, np.load(stored, allow_pickle=False) as arrays:
-            return dict(arrays)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
-        return {}

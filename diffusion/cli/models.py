@@ -31,7 +31,10 @@ def sample(
     tolerance: Annotated[float | None, Parameter(help="For flow: of its solver, relative and absolute (default: 1e-5).")] = None,
     eta: Annotated[float, Parameter(help="For ddim: 0 is deterministic, 1 as random as ancestral.")] = 0.0,
     clip: Annotated[bool, Parameter(help="Clip estimates of the clean image to the range of pixels.")] = True,
-    seed: Annotated[int, Parameter(help="Of the noise: image i depends on it and i alone, unless the sampler is random; with flow within the tolerance.")] = 0,
+    seed: Annotated[
+        int,
+        Parameter(help="Of the noise: image i depends on it and i alone, unless the sampler is random; with flow within the tolerance."),
+    ] = 0,
     batch: Annotated[int, Parameter(help="Images at once.")] = 64,
     raw: Raw = False,
     device: Device = None,

@@ -1,6 +1,7 @@
 """What the commands of `python -m diffusion` share."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -16,13 +17,23 @@ Model = Annotated[str, Parameter(help="Folder of a run, finished or not, or of a
 Raw = Annotated[bool, Parameter(negative="", help="Of a run, the parameters themselves instead of their average.")]
 
 
+# Options that are not called like the settings that they give.
+_OPTIONS = {
+    "densities.samples": "--densities",
+    "densities.timestep": "--density-timestep",
+    "densities.measures": "--measures",
+    "densities.policies": "--density-policies",
+}
+
+
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
     """What cannot be done is said in one line."""
     try:
         yield
     except (DataError, RunError, ValueError) as error:
-        raise UsageError(as_options(str(error))) from error
+        message = re.sub(r"^(densities\.[a-z]+) =", lambda found: _OPTIONS.get(found[1], found[0]), str(error))
+        raise UsageError(as_options(message)) from error
 
 
 def configure(device: Literal["cpu", "gpu", "tpu"] | None, distributed: bool = False) -> None:

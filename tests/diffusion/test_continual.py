@@ -365,12 +365,26 @@ def test_further_temperatures_and_perturbations_are_listed(ran, tasks, energies,
         ({"samples": 0}, "samples = 0 is out of range"),
         ({"later": 0}, "later = 0 is out of range"),
         ({"betas": (0.0,)}, "betas = 0.0 is out of range: need 0 < β < ∞"),
-        ({"densities": Densities(policies=("high",)), "policies": ("none",)}, "densities.policies = 'high' is not among policies = none"),
+        ({"densities": Densities(policies=("high",)), "policies": ("none",)}, "densities.policies = 'high' is not among the policies none"),
     ],
 )
 def test_plans_that_compare_nothing_are_refused(changes, message, unchecked):
     with pytest.raises(ValueError, match=message):
         Plan(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"timesteps": (500, 1000)}, "timesteps = 1000 is out of range: need 0 < timestep < 1000; take 500"),
+        ({"timesteps": (0,)}, "timesteps = 0 is out of range"),
+        ({"densities": Densities(timestep=999)}, "densities.timestep = 999 is out of range: need 0 ≤ timestep < 999; take 300"),
+    ],
+)
+def test_timesteps_that_the_schedule_has_not_are_refused_before_anything_is_learnt(tasks, energies, tmp_path, changes, message):
+    Plan(**changes).check(1001)
+    with pytest.raises(ValueError, match=message):
+        experiment(tmp_path, tasks, energies, Exact(), **changes)
 
 
 def test_a_buffer_larger_than_the_task_is_refused(tasks, energies, tmp_path):

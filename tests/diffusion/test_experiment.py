@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from diffusion import continual, settings
+from diffusion import continual, settings, trials
 from diffusion.__main__ import main
 from diffusion.cli import experiment
+from diffusion.cli.report import EXPERIMENT, GENERATED, TABLE, TASKS
 from diffusion.continual import Stage
 from diffusion.learner import Unfinished
 from diffusion.run import run
@@ -26,13 +27,14 @@ from diffusion.weights import WEIGHTS
 from hopjax.cli import table
 from hopjax.cli.progress import Screen
 from hopjax.cli.table import Table
-from tests.diffusion.tiny import NETWORKS, pixels, trials
+from tests.diffusion import tiny
+from tests.diffusion.tiny import NETWORKS, pixels
 
 pytestmark = pytest.mark.usefixtures("as_run")
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = ("--policies", "none,high,low", "--samples", "20", "--generated", "20", "--densities", "5", "--measures", "bound")
-TABLES = (experiment.TABLE, experiment.TASKS, experiment.GENERATED)
+TABLES = (TABLE, TASKS, GENERATED)
 
 
 def save_stripes(folder):
@@ -41,7 +43,7 @@ def save_stripes(folder):
 
 def leave_jax(patch):
     patch.setattr(settings, "NETWORKS", NETWORKS)
-    patch.setattr(experiment, "TRIALS", trials())
+    patch.setattr(experiment, "TRIALS", tiny.trials())
     patch.setattr(experiment, "configure", lambda *_: None)
 
 
@@ -140,45 +142,121 @@ def test_what_is_there_is_not_computed_again(monkeypatch):
         (["--policies", "none,hihg"], "--policies 'hihg' is not known: take some of none, high"),
         (["--buffer", "41"], "--buffer 41 is out of range: need 1 ≤ buffer ≤ 40, the number of samples; take --buffer 10%"),
         (["--buffer", "0%"], "--buffer 0% is out of range: need 0% < buffer ≤ 100%"),
+        (["--samples", "10"], "--samples 10 is out of range: need samples ≥ 20, two for each bin of the report; take --samples 500"),
+        (["--limit", "12"], "stripes.npz: Task 1 has 12 samples, need at least 20, two for each bin of the report"),
+        (["alike.npz", "--beta", "5"], "energies do not tell the samples apart: "),
+        (["--timesteps", "500,1000"], "--timesteps 1000 is out of range: need 0 < timestep < 1000; take 500"),
+        (["--timesteps", "0", "--dry-run"], "--timesteps 0 is out of range: need 0 < timestep < 1000; take 500"),
+        (
+            ["--timesteps", "500,"],
+            "--timesteps 500, is no list of whole numbers: give some, such as --timesteps 500 or --timesteps 500,100",
+        ),
+        (["--density-timestep", "999"], "--density-timestep 999 is out of range: need 0 ≤ timestep < 999; take 300"),
         (["--seeds", "0,x"], "--seeds 0,x is no list of whole numbers: give some, such as --seeds 0,1,2"),
-        (["--betas", "1,x"], "--betas 1,x is no list of numbers"),
+        (["--betas", "1,x"], "--betas 1,x is no list of numbers: give some, such as --betas 10,30"),
         (["--betas", "0"], "--betas 0.0 is out of range: need 0 < β < ∞"),
         (["--strength", "-1"], "--strength -1.0 is out of range: need 0 ≤ strength < ∞"),
         (["--tasks", "1"], "--tasks 1 is out of range: need tasks ≥ 2"),
         (["--tasks", "3", "--task2-classes", "1"], "--tasks 3: only rotations make more than two tasks: give --rotate"),
         (["--task2-classes", "0,1"], "are all classes of stripes.npz: leave some for Task 1"),
         (["--task2-classes", "7"], "stripes.npz: has no image of 7"),
-        (["--densities", "3"], "densities.samples = 3 is out of range: need samples ≥ 5"),
-        (["--density-policies", "joint"], "densities.policies = 'joint' is not among policies"),
-        (["--measures", "exact"], "densities.measures = 'exact' is not known"),
+        (["--densities", "3"], "--densities 3 is out of range: need samples ≥ 5"),
+        (["--density-policies", "joint"], "--density-policies 'joint' is not among the policies none, high"),
+        (["--measures", "exact"], "--measures 'exact' is not known: take bound or flow"),
         (["nowhere.npz"], "nowhere.npz: does not exist"),
         (["--steps2", "0"], "--steps2 0 is out of range: need steps2 ≥ 1; take --steps2 6"),
         (["--network", "tny"], "--network 'tny' is not known: did you mean 'tiny'?"),
         (["--class-prompt", "a {label}"], "--preset quick learns pixels, from nothing; take --preset sd-tiny or paper-sd"),
+        (
+            [*OPTIONS, "--beta", "20", "--out", "run"],
+            "run holds an experiment with other settings: temperature.beta: null, now 20.0. Give the",
+        ),
+        ([*OPTIONS, "--buffer", "5", "--out", "run"], "run holds an experiment with other settings: buffer: 4, now 5. Give the same, or"),
+        ([*OPTIONS, "--normalise", "none", "--out", "run"], 'with other settings: memories.normalise: "unit", now "none". Give'),
+        (
+            [*OPTIONS, "--rotate", "45", "--out", "run"],
+            'tasks.task2.source: "stripes.npz, rotated by 90°", now "stripes.npz, rotated by 45°";',
+        ),
         ([*OPTIONS, "--steps2", "7", "--out", "run"], "run/seed0/none holds a run with other settings: settings.length.steps: 6, now 7"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 @pytest.mark.usefixtures("here", "unchecked")
 def test_misuse_is_one_line_and_status_2(arguments, words, capsys):
-    before = contents("run")
+    np.savez("alike.npz", images=pixels()[np.arange(40) % 2], labels=np.arange(40) % 2)
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
     assert main(["run", *(arguments if "--out" in arguments else [*arguments, "--out", "new"])]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert words in errors[0]
-    assert contents("run") == before
+    assert {path: path.read_bytes() for path in before} == before
+    assert not Path("new/seed0").exists()
 
 
 @pytest.mark.usefixtures("here", "unchecked")
 def test_a_folder_that_holds_no_experiment_is_refused(capsys):
-    assert main(["report", "nowhere"]) == 2
-    assert "nowhere/samples.parquet" in capsys.readouterr().err
-    found = table.read(Path("run") / experiment.TABLE)
-    table.write(Path("run") / experiment.TABLE, Table({"x": np.zeros(3)}, {}))
+    Path("empty").mkdir()
+    for folder, words in (
+        ("nowhere", "nowhere does not exist: `python -m diffusion run --out nowhere` makes one"),
+        ("empty", "empty holds no experiment: `python -m diffusion run --out empty` makes one"),
+        ("run/seed0/none", "run/seed0/none holds a run of `train`: name the folder of an experiment"),
+    ):
+        assert main(["report", folder]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {words}")
+    found = table.read(Path("run") / TABLE)
+    table.write(Path("run") / TABLE, Table({"x": np.zeros(3)}, {}))
     assert main(["report", "run"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == "error: run/samples.parquet was not written by this version of `run`: run the experiment again, in another folder"
     assert len(found) == 20
+    (Path("run") / TABLE).unlink()
+    assert main(["report", "run"]) == 2
+    assert "run holds an experiment that is not finished: the `run` command that" in capsys.readouterr().err
+    (Path("run") / EXPERIMENT).write_text("[]")
+    assert main(["run", *OPTIONS, "--out", "run"]) == 2
+    assert "run/experiment.json was not written by this version: name another folder" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("here")
+def test_images_of_other_data_are_not_shown(capsys):
+    whole = Path("run/report.html").read_bytes()
+    np.savez("stripes.npz", images=pixels(seed=1), labels=np.arange(40) % 2)
+    assert main(["report", "run"]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "warning: no images of Task 1 are shown: stripes.npz holds others than those of the experiment"
+    without = Path("run/report.html").read_bytes()
+    assert len(without) < len(whole)
+    Path("stripes.npz").unlink()
+    assert main(["report", "run"]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: no images of Task 1 are shown: stripes.npz: does not exist")
+    assert Path("run/report.html").read_bytes() == without
+
+
+def test_the_paper_s_presets_are_its_protocol():
+    cifar, mnist, latent = (trials.TRIALS[name] for name in ("paper-cifar10", "paper-mnist", "paper-sd"))
+    for trial in (cifar, mnist):
+        assert set(trial.timesteps) == {100, 250, 500, 750}
+        assert trial.timesteps[0] == 500
+    assert [trial.buffer for trial in (cifar, mnist, latent)] == [5_000, None, 5_000]
+    assert all(trial.samples is None for trial in (cifar, mnist, latent))
+    for trial, images, epochs in ((cifar, 25_000, 100), (mnist, 60_000, 100), (latent, 25_000, 5)):
+        for length in (trial.first.length, trial.later.length):
+            assert length.steps == epochs * (images // length.batch_size)
+
+
+@pytest.mark.usefixtures("here")
+def test_options_that_are_left_out_are_the_preset_s(capsys, monkeypatch):
+    trial = tiny.trials()["quick"]._replace(buffer=41, samples=None, timesteps=(250, 100))
+    monkeypatch.setattr(experiment, "TRIALS", {"quick": trial})
+    assert main(["run", "--dry-run", "--out", "nowhere"]) == 2
+    assert "--buffer 41 is out of range: need 1 ≤ buffer ≤ 40" in capsys.readouterr().err
+    assert (
+        main(["run", "--buffer", "4", "--generated", "0", "--densities", "0", "--policies", "none", "--dry-run", "--out", "nowhere"]) == 0
+    )
+    # 13 and 5 steps × 2 draws of all 40 samples three times, and from the first timestep of Task 2's 40.
+    assert f"reconstruction: {(26 + 10) * 3 * 40 + 26 * 40:,} evaluations" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("here")
