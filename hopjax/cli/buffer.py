@@ -14,7 +14,7 @@ from hopjax.cli import energies, figures
 from hopjax.cli.heights import Heights, heights
 from hopjax.cli.landscape import Landscape
 from hopjax.cli.options import UsageError
-from hopjax.cli.page import class_name, gallery, render
+from hopjax.cli.page import class_name, gallery, number, render
 from hopjax.cli.progress import Screen
 from hopjax.cli.survey import Survey
 from hopjax.cli.table import Table
@@ -56,7 +56,7 @@ class Gains(NamedTuple):
     def saved(self) -> tuple[float, np.ndarray]:
         """The parts of all that rises that the buffer and the random ones save; none where nothing does."""
         whole = max(float(np.maximum(self.rises, 0).sum()), sys.float_info.min)
-        return float(self.chosen.sum()) / whole, self.random.sum(axis=1) / whole
+        return float(self.chosen.sum(dtype=np.float64)) / whole, self.random.sum(axis=1, dtype=np.float64) / whole
 
 
 def _rises(table: Table) -> np.ndarray:
@@ -148,7 +148,7 @@ def summary(table: Table, gained: Gains) -> list[str]:
 def saved(table: Table, gained: Gains) -> str:
     """What the buffer is worth, in a line."""
     chosen, random = gained.saved()
-    spread = random.std(ddof=1)
+    spread = float(random.std(ddof=1))
     # A further random buffer differs from the mean of these by √(1 + 1/n) standard deviations, which are estimated: Student's t.
     bound = float(t.ppf(1 - CHANCE / 2, len(random) - 1)) * spread * math.sqrt(1 + 1 / len(random))
     rise = "ΔE under Task 2" if "energy_change" in table else "predicted rise of the energies under a small rotation"
@@ -156,7 +156,7 @@ def saved(table: Table, gained: Gains) -> str:
     verdict = "better than" if gap > bound else "worse than" if gap < -bound else "no better than"
     return (
         f"this buffer saves {chosen:.2%} of the {rise}, random ones of its size {random.mean():.2%} ± {spread:.2%}: it is {verdict} chance "
-        f"(a random one is more than {bound:.2%} away with probability {CHANCE})"
+        f"(a random one is more than {number(100 * bound)}% away with probability {CHANCE})"
     )
 
 
