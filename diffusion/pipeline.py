@@ -96,9 +96,7 @@ class Pipeline(NamedTuple):
             raise ValueError(f"the model takes {config.in_channels} channels, the images have {shape[2]}")
         size = config.sample_size
         if size is not None and ((size, size) if isinstance(size, int) else size) != shape[:2]:
-            raise ValueError(
-                f"the model draws images of {size}, these are {' × '.join(map(str, shape[:2]))}: give some of its size"
-            )
+            raise ValueError(f"the model draws images of {size}, these are {' × '.join(map(str, shape[:2]))}: give some of its size")
         config.check_size(*shape[:2])
         return dataclasses.replace(config, dropout=dropout)
 

@@ -1,6 +1,7 @@
 """`reconstruct`, `likelihood` and `judge`: trained models and their images, measured."""
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -278,6 +279,6 @@ def judge(
     screen.say(f"ratio: {ratio:.3f} ± {relative:.3f}")
     screen.say("accepted samples by class: " + ", ".join(f"{name} {count}" for name, count in histogram.items()))
     if out is not None:
-        found |= {name: None for name in ("ratio", "ratio_error") if not np.isfinite(found[name])}
+        found |= {name: None for name, value in (("ratio", ratio), ("ratio_error", relative)) if not math.isfinite(value)}
         write(out, (json.dumps(found, indent=1, allow_nan=False) + "\n").encode())
     return 0

@@ -416,7 +416,7 @@ TRAIN = ["train", "stripes.npy", *OPTIONS, "--steps", "3", "--out", "new"]
         (["sample", "run", "--count", "0"], ("--count 0 is out of range: need count ≥ 1",)),
         (["sample", "run", "--eta", "2"], ("--eta 2.0 is out of range: need 0 ≤ eta ≤ 1",)),
         (["sample", "run", "--eta", "0.5", "--sampler", "flow"], ("--eta 0.5 is of --sampler ddim",)),
-        (["sample", "run", "--sampling-steps", "10", "--sampler", "flow"], ("--sampling-steps 10 is of the other samplers: with flow give",)),
+        (["sample", "run", "--sampling-steps", "10", "--sampler", "flow"], ("--sampling-steps 10 is of the other samplers: with flow",)),
         (["sample", "run", "--tolerance", "0.1"], ("--tolerance 0.1 is of --sampler flow: with ddim give --sampling-steps",)),
         (["sample", "run", "--tolerance", "0", "--sampler", "flow"], ("--tolerance 0.0 is out of range: need 0 < tolerance < 1",)),
         (["sample", "run", "--seed", "-1"], ("--seed -1 is out of range: need 0 ≤ seed < 2³²",)),

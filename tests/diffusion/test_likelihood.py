@@ -331,7 +331,8 @@ def test_bits_by_the_flow(key):
 
 
 def test_batches_are_compiled_once_for_both_models(key, tmp_path):
-    traced, seen = [], []
+    traced: list[tuple[int, ...]] = []
+    seen: list[int] = []
 
     def measure(memories, images, keys):
         traced.append(images.shape)

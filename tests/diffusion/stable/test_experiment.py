@@ -17,6 +17,7 @@ from diffusion import findings
 from diffusion.__main__ import main
 from diffusion.cli import experiment
 from diffusion.cli import stable as command
+from diffusion.cli.report import TABLE
 from diffusion.continual import Experiment
 from diffusion.learner import UNetLearner
 from diffusion.optimiser import AdamW
@@ -260,7 +261,7 @@ def test_the_whole_experiment_makes_its_pipeline_once_and_goes_on(capsys, monkey
     assert main([*words, "--dry-run"]) == 0
     assert "in all: about" in capsys.readouterr().out
     assert main(words) == 0
-    samples = table.read(Path("run") / experiment.TABLE)
+    samples = table.read(Path("run") / TABLE)
     for name in ("energy.latent", "odds.latent", "none@500", "high@500"):
         assert np.isfinite(samples[name]).all()
     found = json.loads(Path("run/findings.json").read_text())
@@ -272,7 +273,7 @@ def test_the_whole_experiment_makes_its_pipeline_once_and_goes_on(capsys, monkey
     for name in ("learner.run", "learner.assess", "learner.generate", "stable.autoencoding.train_autoencoder"):
         monkeypatch.setattr(f"diffusion.{name}", None)
     assert main(words) == 0
-    again = table.read(Path("run") / experiment.TABLE)
+    again = table.read(Path("run") / TABLE)
     for name in samples.columns:
         np.testing.assert_array_equal(again[name], samples[name])
     assert isinstance(StableDiffusion.from_folder("run/seed0/none/model").vae, AutoencoderKL)
