@@ -21,6 +21,7 @@ from diffusion.judge import CONFIDENCE, Judge
 from diffusion.likelihood import Draws, intrinsic_forgetting
 from diffusion.protocol import BUFFERS, Learner, Model, Plan
 from diffusion.stages import Stages
+from hopjax.cli.heights import heights
 from hopjax.cli.survey import Survey
 from hopjax.cli.table import Table
 from hopjax.cli.tasks import description
@@ -343,8 +344,8 @@ class Experiment(Generic[Model]):
 
 
 def odds(survey: Survey) -> Float[np.ndarray, " n"]:
-    """Log odds of the others against each sample: they fall as its energy rises."""
-    return survey.table["log_leakage"].astype(np.float64) - survey.table["log_self_weight"]
+    """What falls as a sample's energy rises: the log odds of the others against it; where norms differ and count, minus its energy."""
+    return -heights(survey.table).scores
 
 
 def _spaced(length: int, count: int) -> Int64[np.ndarray, " k"]:

@@ -159,7 +159,7 @@ def classes(found: Row, names: Sequence[str], titles: Mapping[str, str]) -> byte
             axes.errorbar(places, shares, ends, fmt="none", ecolor="black", linewidth=0.9)
             axes.set_title(titles.get(policy, policy))
             axes.grid(axis="x", visible=False)
-            axes.set_xticks(places, names, rotation=90 if max(map(len, names)) > 2 else 0)
+            axes.set_xticks(places, names, rotation=90 if max(map(len, names)) > 2 else 0, parse_math=False)
         for axes in panels[len(policies) :]:
             axes.set_visible(False)
         for axes in panels[::columns]:

@@ -166,12 +166,12 @@ def run(
     from hopjax.cli import table
     from hopjax.cli.buffer import choose
     from hopjax.cli.survey import Survey, survey
-    from hopjax.cli.tasks import Tasks, description, load
+    from hopjax.cli.tasks import Tasks, description, directed, load
     from hopjax.data import rotated
 
     with explained():
         with screen.working(f"reading {data}"):
-            read = load(data, choice, reading)
+            read = directed(load(data, choice, reading), [model.normalise], skip=reading.skip_bad)
         if read.task2 is None:
             raise UsageError("there is no Task 2: give --rotate, --task2 or --task2-classes")
         lessons = [read.task1, read.task2, *(rotated(read.task1, number * (choice.rotate or 0)) for number in range(2, tasks))]

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from diffusion.cli.options import Device, Model, configure, explained, images_of, need_seed
 from hopjax.cli.options import Reading, UsageError, need
-from hopjax.cli.output import check_writable, write
+from hopjax.cli.output import check_apart, check_writable, write
 from hopjax.cli.progress import Screen
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def likelihood(
     from hopjax.cli.output import check_suffix
 
     check_suffix(out)
+    check_apart("--out", out, filter(None, [data]))
     check_writable("--out", out)
     probes = (4 if after is None else 64) if probes is None else probes
     for option, value in (("--probes", probes), ("--draws", draws), ("--batch", batch), ("--first", 1 if first is None else first)):
@@ -166,6 +167,7 @@ def reconstruct(
     from hopjax.cli.output import check_suffix
 
     check_suffix(out)
+    check_apart("--out", out, filter(None, [data]))
     check_writable("--out", out)
     for option, value in (("--draws", draws), ("--batch", batch), ("--first", 1 if first is None else first)):
         need(value >= 1, option, value, f"{option.removeprefix('--')} ≥ 1", 2)
@@ -243,6 +245,7 @@ def judge(
     from diffusion.judge import Judge
 
     if out is not None:
+        check_apart("--out", out, [samples, data])
         check_writable("--out", out)
     need(0 < confidence < 1, "--confidence", confidence, "0 < confidence < 1", 0.9)
     screen = Screen()

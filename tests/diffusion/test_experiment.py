@@ -194,6 +194,16 @@ def test_misuse_is_one_line_and_status_2(arguments, words, capsys):
 
 
 @pytest.mark.usefixtures("here", "unchecked")
+def test_an_image_without_a_direction_is_named_before_anything_is_learnt(capsys):
+    images = pixels().copy()
+    images[7] = 0
+    np.savez("black.npz", images=images, labels=np.arange(40) % 2)
+    assert main(["run", "black.npz", "--out", "new"]) == 2
+    assert "error: Task 1: image 7 of black.npz is black" in capsys.readouterr().err
+    assert not any(Path("new").iterdir())
+
+
+@pytest.mark.usefixtures("here", "unchecked")
 def test_a_folder_that_holds_no_experiment_is_refused(capsys):
     Path("empty").mkdir()
     for folder, words in (
