@@ -377,7 +377,6 @@ def test_plans_that_compare_nothing_are_refused(changes, message, unchecked):
     ("changes", "message"),
     [
         ({"timesteps": (500, 1000)}, "timesteps = 1000 is out of range: need 0 < timestep < 1000; take 500"),
-        ({"timesteps": (0,)}, "timesteps = 0 is out of range"),
         ({"densities": Densities(timestep=999)}, "densities.timestep = 999 is out of range: need 0 ≤ timestep < 999; take 300"),
     ],
 )
@@ -385,6 +384,11 @@ def test_timesteps_that_the_schedule_has_not_are_refused_before_anything_is_lear
     Plan(**changes).check(1001)
     with pytest.raises(ValueError, match=message):
         experiment(tmp_path, tasks, energies, Exact(), **changes)
+
+
+def test_no_schedule_has_a_timestep_without_noise():
+    with pytest.raises(ValueError, match="timesteps = 0 is out of range: need 0 < timestep < 1000; take 500"):
+        Plan(timesteps=(0,)).check(1000)
 
 
 def test_a_buffer_larger_than_the_task_is_refused(tasks, energies, tmp_path):
