@@ -39,7 +39,7 @@ from diffusion.unet import UNet
 from hopjax.cli.options import Choice, Reading
 from hopjax.cli.output import write
 from hopjax.cli.table import versions
-from hopjax.cli.tasks import description, load
+from hopjax.cli.tasks import Tasks, description, load
 from hopjax.data import Images
 
 RUN, LOG, CURVE, CHECKPOINTS, SAMPLES, MODEL = "run.json", "log.jsonl", "loss.png", "checkpoints", "samples", "model"
@@ -345,8 +345,8 @@ def read_model(path: str | os.PathLike[str], *, averaged: bool = True) -> Pipeli
     return Pipeline(nnx.merge(program.graphdef, params), program.objective)
 
 
-def read_again(told: Mapping[str, Any]) -> Images:
-    """Task 1 of what `hopjax.cli.tasks.load` was once told, back from JSON; what is not there has its default.
+def read_again(told: Mapping[str, Any]) -> Tasks:
+    """What `hopjax.cli.tasks.load` was once told to read, back from JSON; what is not there has its default.
 
     Raises: UsageError if its data cannot be read any more.
     """
@@ -355,7 +355,7 @@ def read_again(told: Mapping[str, Any]) -> Images:
     )
     if isinstance(reading.get("size"), list):
         reading["size"] = tuple(reading["size"])
-    return load(told["data"], Choice(**choice), Reading(**reading)).task1
+    return load(told["data"], Choice(**choice), Reading(**reading))
 
 
 def held_out(path: str | os.PathLike[str]) -> Images:
@@ -369,7 +369,7 @@ def held_out(path: str | os.PathLike[str]) -> Images:
     source = _read(folder, ("source",))["source"]
     if source is None or not source["hold_out"]:
         raise RunError(f"the run in {folder} held no images out: name the images to measure, or train with --hold-out")
-    images = read_again(source)
+    images = read_again(source).task1
     return images.take(np.arange(len(images) - source["hold_out"], len(images)))
 
 

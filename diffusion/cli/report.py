@@ -55,7 +55,7 @@ def samples_of(folder: Path) -> "Table":
     found = table.read(folder / TABLE)
     plan = found.settings.get("plan", {})
     columns = {f"before@{timestep}" for timestep in plan.get("timesteps", ())}
-    if not columns or not columns <= set(found.columns) or not {"read", "task1", "accept", "required"} <= set(found.settings):
+    if not columns or not columns <= set(found.columns) or not {"read", "task1", "normalise", "accept", "required"} <= set(found.settings):
         raise UsageError(f"{folder / TABLE} was not written by this version of `run`: run the experiment again, in another folder")
     return found
 
@@ -63,11 +63,11 @@ def samples_of(folder: Path) -> "Table":
 def _task1(samples: "Table", screen: Screen) -> "Images | None":
     """The images, if their data are what they were."""
     from diffusion.run import read_again
-    from hopjax.cli.tasks import description
+    from hopjax.cli.tasks import description, directed
 
     told = samples.settings["read"]
     try:
-        found = read_again(told)
+        found = directed(read_again(told), [samples.settings["normalise"]], skip=told["skip_bad"]).task1
     except UsageError as error:
         screen.warn(f"no images of Task 1 are shown: {error}")
         return None

@@ -18,15 +18,17 @@ from safetensors.numpy import load_file
 
 from diffusion import continual, settings, trials
 from diffusion.__main__ import main
-from diffusion.cli import experiment
+from diffusion.cli import experiment, report
 from diffusion.cli.report import EXPERIMENT, GENERATED, TABLE, TASKS
 from diffusion.continual import Stage
 from diffusion.learner import Unfinished
 from diffusion.run import run
 from diffusion.weights import WEIGHTS
 from hopjax.cli import table
+from hopjax.cli.options import Choice, Reading
 from hopjax.cli.progress import Screen
 from hopjax.cli.table import Table
+from hopjax.cli.tasks import description, directed, load
 from tests.diffusion import tiny
 from tests.diffusion.tiny import NETWORKS, pixels
 
@@ -242,6 +244,20 @@ def test_images_of_other_data_are_not_shown(capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: no images of Task 1 are shown: stripes.npz: does not exist")
     assert Path("run/report.html").read_bytes() == without
+
+
+@pytest.mark.usefixtures("here", "unchecked")
+def test_images_that_were_left_out_are_left_out_again(capsys):
+    black = pixels()
+    black[3] = 0
+    np.savez("black.npz", images=black, labels=np.arange(40) % 2)
+    read = load("black.npz", Choice(rotate=90.0), Reading(skip_bad=True))
+    kept = directed(read, ["unit"], skip=True).task1
+    found = Table({}, {"read": json.loads(json.dumps(read.read)), "normalise": "unit", "task1": description(kept)})
+    again = report._task1(found, Screen())
+    assert again is not None
+    np.testing.assert_array_equal(again.pixels, np.delete(black, 3, axis=0))
+    assert capsys.readouterr().err == ""
 
 
 def test_the_paper_s_presets_are_its_protocol():
