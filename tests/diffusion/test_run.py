@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from diffusion.optimiser import Adafactor, AdamW
-from diffusion.run import RUN, RunError, Task, check, identity
+from diffusion.run import RUN, RunError, Task, check, held_out, identity
 from diffusion.settings import Network, Settings
+from hopjax.cli.options import Reading
 from hopjax.data import Images
 
 TASK = Task(Images(np.arange(512, dtype=np.uint8).reshape(8, 8, 8, 1), None, None, "ramps"))
@@ -39,3 +40,16 @@ def test_settings_that_no_version_wrote_are_told(tmp_path):
     (tmp_path / RUN).write_text(json.dumps(known))
     with pytest.raises(RunError, match=r"run.json was not written by this version: settings.optimiser = 'momentum' is not known"):
         check(tmp_path, identity(TASK, SETTINGS))
+
+
+def test_images_held_out_are_read_again(tmp_path):
+    images = np.arange(30 * 16, dtype=np.uint8).reshape(30, 4, 4, 1)
+    np.save(tmp_path / "ramps.npy", images)
+    source = {"data": str(tmp_path / "ramps.npy"), "classes": None, "hold_out": 5, **dataclasses.asdict(Reading(size=(2, 4)))}
+    (tmp_path / RUN).write_text(json.dumps({"source": source}))
+    found = held_out(tmp_path)
+    assert found.pixels.shape == (5, 2, 4, 1)
+    assert found.pixels[-1].mean() > found.pixels[0].mean()
+    (tmp_path / RUN).write_text(json.dumps({"source": source | {"hold_out": 0}}))
+    with pytest.raises(RunError, match="held no images out"):
+        held_out(tmp_path)
