@@ -47,6 +47,8 @@ def _load(data: str, choice: Choice, reading: Reading) -> Tasks:
     images = reading.read(data)
     task1, task2 = images, None
     if choice.task2_classes and not choice.task2:
+        if images.labels is None:
+            raise UsageError(f"--task2-classes {choice.task2_classes}: {data} has no labels to split by: give --task2 or --rotate")
         wanted, others = _numbers(images, choice.task2_classes)
         if choice.classes:
             others, _ = _numbers(images, choice.classes)

@@ -81,6 +81,7 @@ def test_what_is_tested_below_is_refused_for_its_own_reason(capsys):
         (["energies", "digits", "--classes", "1,1"], ("error: classes 1,1 of digits name one twice: name each once\n",)),
         (["energies", "digits", "--task2-classes", "1,01"], ("classes 1,01 of digits name one twice",)),
         (["energies", "plain.npy", "--classes", "0,1"], ("plain.npy", "no labels")),
+        (["energies", "plain.npy", "--task2-classes", "1"], ("plain.npy has no labels to split by", "give --task2 or --rotate")),
         (["energies", "digits", "--classes", "0,twelve"], ("digits", "no class 'twelve'", "only 0, 1")),
         (["energies", "digits", "--classes", "0,12"], ("digits", "no class 12", "0 … 9")),
         (["energies", "digits", "--classes", "0,,1"], ("--classes '0,,1'", "empty", "A,B")),
