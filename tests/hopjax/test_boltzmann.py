@@ -227,7 +227,7 @@ def test_a_slow_climb_ends_within_the_tolerance_of_the_maximum(key, dtype):
     assert np.max(np.linalg.norm(step, axis=1)) / size < 0.2 * tolerance
     # One that goes on from near the maximum does not take its first short step for the end.
     again = fit(key, samples, 3, 1.0, method=EM(tolerance=tolerance / 10), start=found.memories)
-    assert distance(again.memories) < 1.5 * tolerance / 10  # rounding of single precision adds to it
+    assert distance(again.memories) < 2 * tolerance / 10  # rounding of single precision adds to it, a few eps over 1 − ρ
 
 
 @pytest.mark.slow
