@@ -115,7 +115,7 @@ class Experiment(Generic[Model]):
 
     def measured_rows(self, count: int | None = None) -> Int64[np.ndarray, " k"]:
         """Samples equally spaced in the order of energies, both ends among them, in the order of the data."""
-        order = np.argsort(odds(self.surveys[0]), kind="stable")
+        order = heights(self.surveys[0].table).order()
         count = self.plan.samples if count is None else count
         count = len(order) if count is None else min(count, len(order))
         return np.sort(order[_spaced(len(order), count)])

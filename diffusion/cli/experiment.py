@@ -21,7 +21,7 @@ from diffusion.layout import Layout
 from diffusion.run import Rhythm
 from diffusion.settings import Settings, difference
 from diffusion.trials import TRIALS, Trial
-from hopjax.cli.options import BufferSize, Choice, Machine, Model, Reading, Temperature, UsageError, need
+from hopjax.cli.options import Amount, BufferSize, Choice, Machine, Model, Reading, Temperature, UsageError, need
 from hopjax.cli.output import check_writable, write
 from hopjax.cli.progress import Screen
 
@@ -159,12 +159,13 @@ def run(
     configure(device)
     screen = Screen()
     from diffusion.consolidation import STRENGTH
-    from diffusion.continual import Experiment, odds
+    from diffusion.continual import Experiment
     from diffusion.learner import UNetLearner, Unfinished
     from diffusion.protocol import Plan
     from diffusion.run import Task, config_of
     from hopjax.cli import table
     from hopjax.cli.buffer import choose
+    from hopjax.cli.heights import heights
     from hopjax.cli.survey import Survey, survey
     from hopjax.cli.tasks import Tasks, description, directed, load
     from hopjax.data import rotated
@@ -178,8 +179,7 @@ def run(
         whole = len(read.task1)
         if whole < 2 * BINS:
             raise UsageError(f"{read.task1.source}: Task 1 has {whole} samples, need at least {2 * BINS}, two for each bin of the report")
-        size = buffer.of(whole) if buffer else trial.buffer or max(1, round(whole / 10))
-        need(size <= whole, "--buffer", size, f"1 ≤ buffer ≤ {whole}, the number of samples", "10%")
+        size = (buffer or Amount.read("--buffer", "10%" if trial.buffer is None else str(trial.buffer))).of(whole)
         plan = Plan(
             _names(policies),
             size,
@@ -234,7 +234,7 @@ def run(
                 return choose(found, policy, size, seed, screen)
 
             experiment = Experiment(out, lessons, learner, plan, surveys, rows, latents=latents)
-            _check_bins(-odds(surveys[0])[experiment.measured_rows()])
+            _check_bins(heights(surveys[0].table).scores[experiment.measured_rows()])
             try:
                 measured = experiment.run(stages(screen, stop))
             except Unfinished as unfinished:
@@ -330,7 +330,7 @@ def _fine_tuned(pipeline: "StableDiffusion", cache: Path, lessons: "Sequence[Ima
     for task in lessons:
         if task.labels is None:
             raise UsageError(f"--class-prompt {class_prompt}: {task.source} has no classes; leave it out")
-        names |= dict.fromkeys(str(label) if task.classes is None else task.classes[label] for label in np.unique(task.labels))
+        names |= dict.fromkeys(map(task.class_name, np.unique(task.labels).tolist()))
     return fine_tuned(pipeline, cache, classes=tuple(names), prompt=class_prompt)
 
 

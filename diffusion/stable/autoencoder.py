@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key, Shaped
@@ -248,7 +249,7 @@ class AutoencoderKL(nnx.Module):
         Raises: ValueError at trace time if the image is too small, or has other channels.
         """
         self.config.latent_size(image.shape[1], image.shape[2])
-        _check_channels("images", image, self.config.in_channels)
+        check_channels("images", image, self.config.in_channels)
         moments = self.quant_conv(self.encoder(image.astype(self.dtype))).astype(at_least_float32(self.dtype))
         mean, log_variance = jnp.split(moments, 2, axis=-1)
         return DiagonalGaussian(mean, jnp.clip(log_variance, *_LOG_VARIANCE))
@@ -258,7 +259,7 @@ class AutoencoderKL(nnx.Module):
 
         Raises: ValueError at trace time if the latents have other channels.
         """
-        _check_channels("latents", latents, self.config.latent_channels)
+        check_channels("latents", latents, self.config.latent_channels)
         return self.decoder(self.post_quant_conv(latents.astype(self.dtype))).astype(at_least_float32(self.dtype))
 
 
@@ -272,6 +273,7 @@ def image_encoder(graphdef: Any) -> Callable[..., DiagonalGaussian]:
     return jax.jit(encode_image, compiler_options=compiler_options())
 
 
-def _check_channels(what: str, x: Array, channels: int) -> None:
+def check_channels(what: str, x: Shaped[Array, "n h w c"] | Shaped[np.ndarray, "n h w c"], channels: int) -> None:
+    """Raises ValueError unless an autoencoder that takes so many channels takes these images or latents."""
     if x.shape[-1] != channels:
         raise ValueError(f"{what} have {x.shape[-1]} channels, the autoencoder takes {channels}")

@@ -23,7 +23,7 @@ from diffusion.layers import initialise
 from diffusion.layout import Layout
 from diffusion.optimiser import AdamW, Optimiser
 from diffusion.pixels import checked, to_model
-from diffusion.stable.autoencoder import AutoencoderKL, AutoencoderKLConfig
+from diffusion.stable.autoencoder import AutoencoderKL, AutoencoderKLConfig, check_channels
 from diffusion.train import PARTS, Measured, TrainState, train
 from hopjax.data import Images
 
@@ -88,10 +88,8 @@ def train_autoencoder(
     Raises: DataError for images that no model is trained on; ValueError for those that the autoencoder does not take whole; Diverged.
     """
     pixels = checked(images).pixels
-    height, width, channels = pixels.shape[1:]
-    if channels != config.in_channels:
-        raise ValueError(f"{images.source}: images have {channels} channels, the autoencoder takes {config.in_channels}")
-    config.whole_latent_size(height, width)
+    check_channels(f"{images.source}: images", pixels, config.in_channels)
+    config.whole_latent_size(*pixels.shape[1:3])
     parameters_key, key = jax.random.split(jax.random.key(how.seed))
     graphdef, params = nnx.split(initialise(lambda rngs: AutoencoderKL(config, rngs=rngs), parameters_key), nnx.Param)
     transformation = how.optimiser.transformation(how.steps)

@@ -86,7 +86,7 @@ class LatentModel:
         if not self.classes or images.labels is None:
             return np.zeros(len(images), np.int32)
         found, inverse = np.unique(images.labels, return_inverse=True)
-        names = [str(label) if images.classes is None else images.classes[label] for label in found]
+        names = list(map(images.class_name, found.tolist()))
         for name in names:
             if name not in self.classes:
                 raise ValueError(f"{images.source}: class {name!r} has no prompt: the model was made for {', '.join(self.classes)}")

@@ -24,7 +24,7 @@ from diffusion.feed import filled_batches
 from diffusion.pixels import checked, to_model
 from diffusion.samplers import Network
 from diffusion.space import Space
-from diffusion.stable.autoencoder import AutoencoderKL, AutoencoderKLConfig, DiagonalGaussian, image_encoder
+from diffusion.stable.autoencoder import AutoencoderKL, AutoencoderKLConfig, DiagonalGaussian, check_channels, image_encoder
 from diffusion.stages import fingerprint
 from hopjax.cli.tasks import description
 from hopjax.data import Images
@@ -70,10 +70,8 @@ class LatentCache:
             it makes numbers that are not finite.
         """
         pixels = checked(images).pixels
-        _, height, width, channels = pixels.shape
-        if channels != self.config.in_channels:
-            raise ValueError(f"{images.source}: images have {channels} channels, the autoencoder takes {self.config.in_channels}")
-        shape = (len(images), *self.config.latent_size(height, width), 2 * self.config.latent_channels)
+        check_channels(f"{images.source}: images", pixels, self.config.in_channels)
+        shape = (len(images), *self.config.latent_size(*pixels.shape[1:3]), 2 * self.config.latent_channels)
         inputs = {"autoencoder": self.fingerprint, "images": description(images)["sha256"]}
         file = self.folder / f"latents-{fingerprint(inputs)}.npy"
         if jax.process_index() == 0 and _read(file, shape) is None:

@@ -37,7 +37,7 @@ from diffusion.pipeline import INDEX, SCHEDULER
 from diffusion.pixels import to_bytes
 from diffusion.reconstruct import reconstructions, reverse_process
 from diffusion.samplers import Network, Samples, noise_function, stepwise
-from diffusion.stable.autoencoder import AutoencoderKL, AutoencoderKLConfig, image_encoder
+from diffusion.stable.autoencoder import AutoencoderKL, AutoencoderKLConfig, check_channels, image_encoder
 from diffusion.stable.config import UNet2DConditionConfig
 from diffusion.stable.hub import resolve
 from diffusion.stable.scheduling import Scheduler, methods_for, noise
@@ -213,8 +213,7 @@ class StableDiffusion:
         """
         pixels = _array("images", images)
         self.vae.config.latent_size(*pixels.shape[1:3])
-        if pixels.shape[3] != self.vae.config.in_channels:
-            raise ValueError(f"images have {pixels.shape[3]} channels, the autoencoder takes {self.vae.config.in_channels}")
+        check_channels("images", pixels, self.vae.config.in_channels)
         if pixels.dtype != np.uint8:
             low, high = float(pixels.min()), float(pixels.max())
             if not (low >= 0 and high <= 1):

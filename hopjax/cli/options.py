@@ -106,6 +106,19 @@ class Amount:
     number: float
     percent: bool
 
+    @classmethod
+    def read(cls, option: str, text: str) -> "Amount":
+        """What an option says. Raises UsageError if that is no amount."""
+        if not (found := re.fullmatch(r"(\d{1,15})|(\d{1,15}(?:\.\d+)?)\s*%", text)):
+            raise UsageError(
+                f"{option} {text} is neither a number of samples nor a percentage: give one, such as {option} 500 or {option} 10%"
+            )
+        amount = cls(option, text, float(found[1] or found[2]), percent=found[1] is None)
+        name = option.removeprefix("--")
+        bound = f"0% < {name} ≤ 100%" if amount.percent else f"1 ≤ {name} ≤ number of samples"
+        need(0 < amount.number <= (100 if amount.percent else math.inf), option, text, bound, "10%")
+        return amount
+
     def of(self, total: int) -> int:
         """How many of `total` that is, at least one."""
         if not self.percent and self.number > total:
@@ -117,14 +130,7 @@ class Amount:
 
 
 def _amount(_: object, tokens: Sequence[Any]) -> Amount:
-    option, text = tokens[0].keyword, tokens[0].value
-    if not (found := re.fullmatch(r"(\d{1,15})|(\d{1,15}(?:\.\d+)?)\s*%", text)):
-        raise UsageError(f"{option} {text} is neither a number of samples nor a percentage: give one, such as {option} 500 or {option} 10%")
-    amount = Amount(option, text, float(found[1] or found[2]), percent=found[1] is None)
-    name = option.removeprefix("--")
-    bound = f"0% < {name} ≤ 100%" if amount.percent else f"1 ≤ {name} ≤ number of samples"
-    need(0 < amount.number <= (100 if amount.percent else math.inf), option, text, bound, "10%")
-    return amount
+    return Amount.read(tokens[0].keyword, tokens[0].value)
 
 
 BufferSize = Annotated[Amount, Parameter(converter=_amount, accepts_keys=False, n_tokens=1, metavar="N|P%")]

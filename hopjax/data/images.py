@@ -77,6 +77,10 @@ class Images:
             files=None if self.files is None else tuple(self.files[row] for row in rows.tolist()),
         )
 
+    def class_name(self, label: int) -> str:
+        """What the data call a class, or its number."""
+        return str(label) if self.classes is None else self.classes[label]
+
     def name(self, row: int) -> str:
         """The image at this place, for a message."""
         place = row if self.places is None else self.places[row]
